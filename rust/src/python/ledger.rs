@@ -1,0 +1,117 @@
+//! The ledger as a Python class.
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyType};
+
+use super::arrays::masks;
+use super::count;
+use crate::ledger;
+use crate::units::Shape;
+
+/// Books of the rows and columns that are gone, over all shots.
+#[pyclass(module = "surgeon._core")]
+pub(super) struct Ledger {
+    inner: ledger::Ledger,
+}
+
+#[pymethods]
+impl Ledger {
+    #[new]
+    fn new(shapes: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>) -> PyResult<Self> {
+        let shape = |(rows, columns): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+            Ok(Shape { rows: count("rows", &rows)?, columns: count("columns", &columns)? })
+        };
+        let shapes = shapes.into_iter().map(shape).collect::<PyResult<_>>()?;
+        Ok(Self { inner: ledger::Ledger::new(shapes)? })
+    }
+
+    /// Books one shot; returns the parameters it newly removed.
+    fn commit<'py>(
+        &mut self,
+        py: Python<'py>,
+        keep_rows: Vec<Bound<'py, PyAny>>,
+        keep_columns: Vec<Bound<'py, PyAny>>,
+    ) -> PyResult<u64> {
+        let rows = masks("keep_rows", keep_rows)?;
+        let columns = masks("keep_columns", keep_columns)?;
+        let (rows, columns) = (rows.slices()?, columns.slices()?);
+        let inner = &mut self.inner;
+        Ok(py.detach(|| inner.commit(&rows, &columns))?)
+    }
+
+    /// Parameters removed so far.
+    #[getter]
+    fn removed(&self) -> u64 {
+        self.inner.removed()
+    }
+
+    /// Parameters of all layers.
+    #[getter]
+    fn total(&self) -> u64 {
+        self.inner.total()
+    }
+
+    /// Removed part of the total.
+    #[getter]
+    fn sparsity(&self) -> f64 {
+        self.inner.sparsity()
+    }
+
+    /// Number of shots booked.
+    #[getter]
+    fn shots(&self) -> usize {
+        self.inner.shots()
+    }
+
+    /// Parameters removed in total after each shot.
+    #[getter]
+    fn history(&self) -> Vec<u64> {
+        self.inner.history().to_vec()
+    }
+
+    /// Parameters removed from one layer.
+    fn layer_removed(&self, layer: &Bound<'_, PyAny>) -> PyResult<u64> {
+        Ok(self.inner.layer_removed(index(layer)?)?)
+    }
+
+    /// A copy of one layer's row mask.
+    fn keep_rows<'py>(&self, layer: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<bool>>> {
+        Ok(PyArray1::from_slice(layer.py(), self.inner.keep_rows(index(layer)?)?))
+    }
+
+    /// A copy of one layer's column mask.
+    fn keep_columns<'py>(&self, layer: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<bool>>> {
+        Ok(PyArray1::from_slice(layer.py(), self.inner.keep_columns(index(layer)?)?))
+    }
+
+    /// The ledger as versioned, checksummed bytes.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.inner.to_bytes())
+    }
+
+    /// Reads what `to_bytes` wrote.
+    #[classmethod]
+    fn from_bytes(_class: &Bound<'_, PyType>, data: &[u8]) -> PyResult<Self> {
+        Ok(Self { inner: ledger::Ledger::from_bytes(data)? })
+    }
+
+    fn __eq__(&self, other: &Self) -> bool {
+        self.inner == other.inner
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Ledger(layers={}, removed={}, total={}, shots={})",
+            self.inner.layers(),
+            self.inner.removed(),
+            self.inner.total(),
+            self.inner.shots()
+        )
+    }
+}
+
+/// A layer's number.
+fn index(layer: &Bound<'_, PyAny>) -> PyResult<usize> {
+    Ok(usize::try_from(count("layer", layer)?).unwrap_or(usize::MAX))
+}

@@ -1,0 +1,4 @@
+//! Which units go: the cheapest, until a target number of parameters is reached.
+
+pub mod cross;
+mod search;
