@@ -1,0 +1,6 @@
+"""``python -m surgeon``."""
+
+from surgeon.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The command line: ``surgeon prune`` and ``surgeon evaluate``.
+
+Progress goes to stderr, results to stdout. Exit codes: 0 done, 2 wrong use, 1 failed run. Nothing
+heavy is imported before the options have been read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.config import PruneConfig, load_toml
+from surgeon.errors import ConfigError, SurgeonError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from surgeon.progress import Observer
+
+app = typer.Typer(
+    name="surgeon",
+    help="Prune pretrained language models by the curvature of their loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DATA = "wiki-mini, wikitext2, c4, hub:NAME[:CONFIG][:COLUMN] or a .txt, .jsonl, .parquet, .safetensors file"
+
+
+def _default(name: str) -> str:
+    field = next(f for f in dataclasses.fields(PruneConfig) if f.name == name)
+    return str(field.default)
+
+
+@app.callback()
+def _root(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from surgeon import __version__
+
+        typer.echo(f"surgeon {__version__}")
+        raise typer.Exit
+
+
+@app.command("prune")
+def prune_command(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, hub id or 'demo'.", show_default="demo")
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pruned checkpoint; new or empty.")],
+    structure: Annotated[
+        str | None, typer.Option(help="rows-columns, rows or columns.", show_default=_default("structure"))
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the blocks' linear parameters that go.", show_default=_default("sparsity")
+        ),
+    ] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="Instead: parameters the whole model may keep, e.g. 5e9.")
+    ] = None,
+    target_size: Annotated[str | None, typer.Option(help="Instead: the same as bytes, e.g. 12GiB.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="surgeon, k-obd or magnitude.", show_default=_default("method"))
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Rounds of curvature and removal.", show_default=_default("shots"))
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help=f"Text for the curvature: {_DATA}.", show_default=_default("calibration")),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows.", show_default=_default("samples"))
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window.", show_default="2048, or the model's positions if fewer"),
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option(help="Text for the perplexity, like --calibration.", show_default=_default("test_data")),
+    ] = None,
+    test_samples: Annotated[
+        int | None, typer.Option(help="Test windows, from the start.", show_default="all")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draws the calibration windows.", show_default=_default("seed"))
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=_default("device"))
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Arithmetic while pruning: float32 or float64.", show_default=_default("precision")
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a batch: speed and memory, not the result.", show_default=_default("batch_tokens")
+        ),
+    ] = None,
+    damping_g: Annotated[
+        float | None, typer.Option(help="Relative damping of G.", show_default=_default("damping_g"))
+    ] = None,
+    damping_a: Annotated[
+        float | None, typer.Option(help="Relative damping of A.", show_default=_default("damping_a"))
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the unfinished run of this OUT.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with these settings; options win.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print surgeon.json to stdout.")] = False,
+) -> None:
+    """Prune a model over several shots and write a checkpoint that transformers loads.
+
+    Example: surgeon prune models/smollm2-135m -o pruned --sparsity 0.3 --shots 5
+    """
+    given = {
+        "model": model,
+        "structure": structure,
+        "sparsity": sparsity,
+        "target_parameters": None if target_parameters is None else _count(target_parameters),
+        "target_size": target_size,
+        "method": method,
+        "shots": shots,
+        "calibration": calibration,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "test_data": test_data,
+        "test_samples": test_samples,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "batch_tokens": batch_tokens,
+        "damping_g": damping_g,
+        "damping_a": damping_a,
+    }
+    values: dict[str, Any] = {} if config is None else load_toml(config)
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    values.update({key: value for key, value in given.items() if value is not None})
+    settings = PruneConfig.from_dict(values)
+    from surgeon.checkpoint import check_output
+
+    check_output(out)
+    from surgeon.runner import prune
+
+    with _observer() as observer:
+        result = prune(settings, out, resume=resume, observer=observer)
+    if as_json:
+        typer.echo(json.dumps(result.report, indent=2))
+        return
+    final, dense = result.report["final"], result.report["dense"]["perplexity"]
+    typer.echo(f"pruned model: {out}")
+    typer.echo(f"numbers:      {out / 'surgeon.json'}")
+    typer.echo(
+        f"removed {final['removed_parameters']:,} of {final['prunable_parameters']:,} prunable parameters "
+        f"({final['sparsity']:.2%}); perplexity {_shown(dense)} -> {_shown(final['perplexity'])}"
+    )
+    typer.echo(_protocol(result.report["protocol"]["test"]))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint folders, hub ids or 'demo'.")
+    ],
+    *,
+    data: Annotated[str, typer.Option(help=_DATA)] = "wiki-mini",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window.", show_default="2048, or the model's positions if fewer"),
+    ] = None,
+    test_samples: Annotated[
+        int | None, typer.Option(help="Windows, from the start.", show_default="all")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity of one or several models on the same text."""
+    from surgeon.runner import evaluate
+
+    results = []
+    for model in models:
+        with _observer() as observer:
+            result, windows = evaluate(
+                model,
+                data_source=data,
+                sequence_length=sequence_length,
+                samples=test_samples,
+                device=device,
+                precision=precision,
+                observer=observer,
+            )
+        row = {
+            "model": model,
+            "perplexity": result.perplexity,
+            "loss": result.loss,
+            "test": {
+                "source": data,
+                "windows": len(windows),
+                "length": windows.length,
+                "digest": windows.digest,
+            },
+        }
+        results.append(row)
+        if not as_json:
+            typer.echo(f"{_shown(result.perplexity):>10}  {model}")
+    if as_json:
+        typer.echo(json.dumps({"results": results}, indent=2))
+    else:
+        for line in dict.fromkeys(_protocol(row["test"]) for row in results):
+            typer.echo(line)
+
+
+def main() -> None:
+    """Entry point of ``surgeon`` and ``python -m surgeon``."""
+    _quiet_libraries()
+    try:
+        app()
+    except SurgeonError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; finished shots are kept: add --resume to continue", 1)
+    except OSError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    typer.echo(f"surgeon: error: {line}", err=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _observer() -> Iterator[Observer]:
+    """A live display on a terminal, plain lines elsewhere; both on stderr."""
+    from rich.console import Console
+
+    from surgeon.progress import LiveProgress, PlainProgress
+
+    console: Console = Console(stderr=True)
+    if console.is_terminal:
+        with LiveProgress(console) as live:
+            yield live
+    else:
+        yield PlainProgress(console)
+
+
+def _quiet_libraries() -> None:
+    """Our own progress and errors instead of the libraries' bars and warnings."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _count(text: str) -> int:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"target-parameters is {text!r}: write a number like 5e9") from None
+    if not 0 < value < 1e18:
+        raise ConfigError(f"target-parameters is {text}: it must be positive")
+    return int(value)
+
+
+def _protocol(test: dict[str, Any]) -> str:
+    return (
+        f"protocol: {test['source']} test, {test['windows']} windows of {test['length']} tokens side by side"
+    )
+
+
+def _shown(perplexity: float | None) -> str:
+    return "inf" if perplexity is None else f"{perplexity:.3f}"

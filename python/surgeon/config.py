@@ -1,0 +1,183 @@
+"""The whole of a run's settings as one frozen value: checked once, written to TOML, digested.
+
+Nothing else in the package reads environment variables or global switches for behaviour, so two
+runs with equal configurations, models and data are the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.errors import ConfigError
+from surgeon.structures import parse_method, parse_structure
+
+if TYPE_CHECKING:
+    from surgeon.structures import Method, Structure
+
+PRECISIONS = ("float32", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Settings of one pruning run.
+
+    Attributes:
+        model: checkpoint folder, hub id or ``demo``.
+        structure: which units may go (:class:`~surgeon.structures.Structure`).
+        sparsity: fraction of the decoder blocks' linear parameters (weights and biases) that go,
+            ``0 <= sparsity < 1``. The smallest set that reaches it is taken.
+        target_parameters: instead of ``sparsity``: how many parameters the whole model may keep.
+        target_size: instead of ``sparsity``: the same as bytes on disk, ``12GiB`` or ``500MB``.
+        method: :class:`~surgeon.structures.Method`.
+        shots: over how many rounds of curvature, selection and update the removal is spread.
+        calibration: calibration text (see :mod:`surgeon.data`).
+        samples: number of calibration windows.
+        sequence_length: tokens a window, for calibration and for evaluation; None means 2048, or as
+            many positions as the model has if these are fewer.
+        test_data: text whose perplexity is reported.
+        test_samples: how many of its windows, from the start; None means all.
+        seed: draws the calibration windows.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: arithmetic of the model while it is pruned; the checkpoint keeps its own dtype.
+        batch_tokens: tokens a batch; changes speed and memory, never the result.
+        damping_g: relative damping of G: this times the mean of its diagonal is added to it.
+        damping_a: the same for A.
+    """
+
+    model: str = "demo"
+    structure: str = "rows-columns"
+    sparsity: float = 0.3
+    target_parameters: int | None = None
+    target_size: str | None = None
+    method: str = "surgeon"
+    shots: int = 8
+    calibration: str = "wiki-mini"
+    samples: int = 128
+    sequence_length: int | None = None
+    test_data: str = "wiki-mini"
+    test_samples: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
+    batch_tokens: int = 2048
+    damping_g: float = 0.1
+    damping_a: float = 0.01
+
+    def __post_init__(self) -> None:
+        parse_structure(self.structure)
+        parse_method(self.method)
+        _need(
+            0.0 <= self.sparsity < 1.0,
+            f"sparsity is {self.sparsity}: it is removed / total, from 0 to below 1",
+        )
+        _need(
+            self.target_parameters is None or self.target_parameters > 0,
+            f"target-parameters is {self.target_parameters}: it must be positive",
+        )
+        _need(
+            self.target_parameters is None or self.target_size is None,
+            "target-parameters and target-size are two ways to say the same: give one",
+        )
+        for name, least in (
+            ("shots", 1),
+            ("samples", 1),
+            ("sequence_length", 2),
+            ("batch_tokens", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            _need(value is None or value >= least, f"{_option(name)} is {value}: it must be at least {least}")
+        _need(
+            self.test_samples is None or self.test_samples >= 1,
+            f"test-samples is {self.test_samples}: it must be at least 1",
+        )
+        for name in ("damping_g", "damping_a"):
+            value = getattr(self, name)
+            _need(0.0 <= value < 1e6, f"{_option(name)} is {value}: it must be zero or a positive number")
+        _need(
+            self.precision in PRECISIONS,
+            f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}",
+        )
+
+    @property
+    def structure_value(self) -> Structure:
+        """``structure`` as a value."""
+        return parse_structure(self.structure)
+
+    @property
+    def method_value(self) -> Method:
+        """``method`` as a value."""
+        return parse_method(self.method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name, as plain values."""
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256 over the settings that decide the result.
+
+        ``device`` and ``batch_tokens`` are left out: they change where and how fast a run happens,
+        and a run may be resumed with others.
+        """
+        deciding = {k: v for k, v in self.to_dict().items() if k not in {"device", "batch_tokens"}}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The settings as TOML that :func:`load_toml` reads back to the same values."""
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.to_dict().items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
+        """Build from plain values; keys may use ``-`` or ``_``.
+
+        Raises:
+            ConfigError: a key is unknown, or a value has the wrong type or range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        clean: dict[str, Any] = {}
+        for raw, value in values.items():
+            key = raw.replace("-", "_")
+            if key not in fields:
+                raise ConfigError(f"unknown setting {raw!r}: known are {', '.join(map(_option, fields))}")
+            clean[key] = _coerce(key, str(fields[key].type), value)
+        return cls(**clean)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a configuration file's top-level keys.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _need(condition: bool, message: str) -> None:  # noqa: FBT001
+    if not condition:
+        raise ConfigError(message)
+
+
+def _coerce(key: str, type_name: str, value: Any) -> Any:
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    base = type_name.removesuffix(" | None")
+    if value is None and type_name.endswith("| None"):
+        return None
+    if not isinstance(value, kinds[base]) or isinstance(value, bool):
+        raise ConfigError(f"{_option(key)} is {value!r}: it must be of type {base}")
+    return float(value) if base == "float" else value

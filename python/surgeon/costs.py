@@ -1,0 +1,70 @@
+"""Costs: the predicted loss increase of removing one unit. Pure tensor mathematics.
+
+LLM Surgeon, sections 3.2 and 3.3, and its appendix. All functions take the *alive* sub-matrices.
+The numerators use the undamped factors, the inverses the damped ones. None as a factor is the
+identity. Results have the dtype of ``W_RC``.
+
+Shapes: ``W_RC [R, C]``, ``A_CC [C, C]``, ``G_RR [R, R]``, ``g_inverse_R = diag(G⁻¹) [R]``,
+``a_inverse_C = diag(A⁻¹) [C]``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def row_energy(W_RC: Tensor, A_CC: Tensor | None) -> Tensor:
+    """``(W A Wᵀ)_rr [R]``, without the full product."""
+    return (W_RC * W_RC).sum(1) if A_CC is None else ((W_RC @ A_CC) * W_RC).sum(1)
+
+
+def column_energy(W_RC: Tensor, G_RR: Tensor | None) -> Tensor:
+    """``(Wᵀ G W)_cc [C]``, without the full product."""
+    return (W_RC * W_RC).sum(0) if G_RR is None else ((G_RR @ W_RC) * W_RC).sum(0)
+
+
+def row_costs_obs(W_RC: Tensor, A_CC: Tensor | None, g_inverse_R: Tensor) -> Tensor:
+    """``½ (W A Wᵀ)_rr / [G⁻¹]_rr``: with the update of the other rows."""
+    return 0.5 * row_energy(W_RC, A_CC) / g_inverse_R
+
+
+def column_costs_obs(W_RC: Tensor, G_RR: Tensor | None, a_inverse_C: Tensor) -> Tensor:
+    """``½ (Wᵀ G W)_cc / [A⁻¹]_cc``: with the update of the other columns."""
+    return 0.5 * column_energy(W_RC, G_RR) / a_inverse_C
+
+
+def row_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
+    """``½ (W A Wᵀ)_rr G_rr``: nothing else changes."""
+    energy = 0.5 * row_energy(W_RC, A_CC)
+    return energy if G_RR is None else energy * G_RR.diagonal()
+
+
+def column_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
+    """``½ (Wᵀ G W)_cc A_cc``: nothing else changes."""
+    energy = 0.5 * column_energy(W_RC, G_RR)
+    return energy if A_CC is None else energy * A_CC.diagonal()
+
+
+def element_costs_obs(W_RC: Tensor, g_inverse_R: Tensor, a_inverse_C: Tensor) -> Tensor:
+    """``½ W_rc² / ([G⁻¹]_rr [A⁻¹]_cc)``, ``[R, C]``."""
+    return 0.5 * W_RC.square() / (g_inverse_R[:, None] * a_inverse_C[None, :])
+
+
+def element_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
+    """``½ W_rc² G_rr A_cc``, ``[R, C]``."""
+    cost = 0.5 * W_RC.square()
+    if G_RR is not None:
+        cost = cost * G_RR.diagonal()[:, None]
+    if A_CC is not None:
+        cost = cost * A_CC.diagonal()[None, :]
+    return cost
+
+
+def quadratic_increase(D_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
+    """``½ tr(G Δ A Δᵀ)`` of a weight change Δ, a scalar: the model's loss increase."""
+    left = D_RC if G_RR is None else G_RR @ D_RC
+    right = D_RC if A_CC is None else D_RC @ A_CC
+    return 0.5 * (left * right).sum()

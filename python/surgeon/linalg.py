@@ -1,0 +1,135 @@
+"""Pure linear algebra: moments, damping, Cholesky factors and what is read off them.
+
+No I/O, no logging, no state. Shapes: ``n`` is the order of a factor, ``N`` counts tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgeon.errors import NonFiniteError, SingularFactorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The damping ladder: the asked relative damping, then these multiples of it (of LADDER_FLOOR when
+# none was asked), one step after another until the Cholesky factorisation succeeds.
+LADDER: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+LADDER_FLOOR = 1e-8
+
+# Column blocks of the triangular accumulation: half the arithmetic of a full product is saved as
+# blocks shrink, but small products are slow; below twice this width a moment is one product.
+MOMENT_BLOCK = 256
+
+
+def add_second_moment_(M_nn: Tensor, X_Nn: Tensor) -> None:
+    """``M += XᵀX``, upper block triangle only; :func:`mirror_upper_` completes it.
+
+    A symmetric product needs half the arithmetic. The strict lower part of the blocks on the
+    diagonal is written too, the blocks below them are not.
+
+    Args:
+        M_nn: accumulator, changed in place.
+        X_Nn: N samples, same dtype as the accumulator.
+    """
+    n = M_nn.shape[0]
+    step = n if n < 2 * MOMENT_BLOCK else MOMENT_BLOCK
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        M_nn[start:stop, start:].addmm_(X_Nn[:, start:stop].T, X_Nn[:, start:])
+
+
+def mirror_upper_(M_nn: Tensor) -> Tensor:
+    """Copy the upper triangle onto the lower, in place."""
+    n = M_nn.shape[0]
+    for start in range(0, n, MOMENT_BLOCK):
+        stop = min(start + MOMENT_BLOCK, n)
+        block = M_nn[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+        M_nn[stop:, start:stop].copy_(M_nn[start:stop, stop:].T)
+    return M_nn
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """Lower Cholesky factor of a damped matrix.
+
+    Attributes:
+        L_nn: ``L Lᵀ = M + damping · I``.
+        damping: absolute damping that was added.
+        relative: the relative damping it came from.
+        ladder_step: 0 if the asked damping was enough, else how many steps up.
+    """
+
+    L_nn: Tensor
+    damping: float
+    relative: float
+    ladder_step: int
+
+    @property
+    def condition_estimate(self) -> float:
+        """A cheap lower bound of the damped matrix's condition number: (max/min diagonal of L)²."""
+        diagonal = self.L_nn.diagonal()
+        return float((diagonal.max() / diagonal.min()) ** 2) if diagonal.numel() else 1.0
+
+
+def damped_cholesky(M_nn: Tensor, relative: float, *, what: str, layer: str | None = None) -> Cholesky:
+    """Cholesky factor of ``M + λ · mean(diag M) · I``, climbing the damping ladder if it must.
+
+    Args:
+        M_nn: symmetric positive semi-definite.
+        relative: λ, relative damping.
+        what: ``"A"`` or ``"G"``, for messages.
+        layer: layer name, for messages.
+
+    Raises:
+        NonFiniteError: ``M`` is not finite.
+        SingularFactorError: not positive definite after the last step of the ladder.
+    """
+    n = M_nn.shape[0]
+    if n == 0:
+        return Cholesky(M_nn.clone(), 0.0, relative, 0)
+    diagonal = M_nn.diagonal()
+    if not torch.isfinite(M_nn).all():
+        index = int((~torch.isfinite(M_nn)).any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"curvature factor {what} of layer {layer} is not finite (row {index})", layer=layer, index=index
+        )
+    mean = float(diagonal.mean())
+    for step, multiple in enumerate(LADDER):
+        tried = relative * multiple
+        if step and relative == 0.0:
+            tried = LADDER_FLOOR * multiple
+        damped = M_nn.clone()
+        damped.diagonal().add_(tried * mean)
+        L_nn, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(L_nn.diagonal()).all()):
+            return Cholesky(L_nn, tried * mean, tried, step)
+    raise SingularFactorError(
+        f"curvature factor {what} of layer {layer} is not positive definite even with relative damping {tried:g} "
+        f"(asked: {relative:g}): give it more calibration samples or a larger --damping-{what.lower()}",
+        layer=layer,
+        index=int(info) - 1,
+    )
+
+
+def inverse_diagonal(L_nn: Tensor) -> Tensor:
+    """``diag(M⁻¹)`` from the Cholesky factor of M, ``[n]``.
+
+    ``M⁻¹ = L⁻ᵀ L⁻¹``, so each entry is a column's squared norm of ``L⁻¹``: never ``L⁻¹`` on the
+    other side.
+    """
+    eye = torch.eye(L_nn.shape[0], dtype=L_nn.dtype, device=L_nn.device)
+    inverse = torch.linalg.solve_triangular(L_nn, eye, upper=False)
+    return inverse.square_().sum(dim=0)
+
+
+def inverse_columns(L_nn: Tensor, index: Tensor) -> Tensor:
+    """``M⁻¹[:, index]`` from the Cholesky factor of M, ``[n, len(index)]``."""
+    n = L_nn.shape[0]
+    rhs = torch.zeros(n, index.numel(), dtype=L_nn.dtype, device=L_nn.device)
+    rhs[index, torch.arange(index.numel(), device=index.device)] = 1.0
+    return torch.cholesky_solve(rhs, L_nn)

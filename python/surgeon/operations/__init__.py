@@ -1,0 +1,22 @@
+"""Operations: one file a structure, with one object a shot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
+from surgeon.operations.rows_columns import RowsColumnsShot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from surgeon._core import Ledger
+    from surgeon.config import PruneConfig
+    from surgeon.layers import PrunableLayer
+
+__all__ = ["Applied", "DampingEvent", "Selected", "ShotOperations", "begin_shot"]
+
+
+def begin_shot(layers: Sequence[PrunableLayer], config: PruneConfig, ledger: Ledger) -> ShotOperations:
+    """The operations object of a configuration's structure, for one shot."""
+    return RowsColumnsShot(layers, config, ledger)

@@ -1,0 +1,136 @@
+"""``surgeon.json``: what was done, under which protocol, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from surgeon.config import PruneConfig
+    from surgeon.data import Windows
+    from surgeon.models import Matched
+    from surgeon.session import RunState
+
+SCHEMA_VERSION = 1
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device."""
+    packages = {
+        name: metadata.version(name)
+        for name in ("llm-surgeon", "torch", "transformers", "numpy", "safetensors")
+        if _installed(name)
+    }
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        **packages,
+    }
+
+
+def processor() -> str:
+    """The processor's name as far as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def protocol(config: PruneConfig, calibration: Windows | None, test: Windows | None) -> dict[str, Any]:
+    """How the numbers were made; print it beside them."""
+    return {
+        "sparsity": "removed / total over weights and biases of the decoder blocks' linear layers",
+        "perplexity": "exp of the mean over windows of each window's mean next-token loss, windows side by side",
+        "sequence_length": config.sequence_length,
+        "calibration": _describe(calibration),
+        "test": _describe(test),
+    }
+
+
+def _describe(windows: Windows | None) -> dict[str, Any] | None:
+    if windows is None:
+        return None
+    return {
+        "source": windows.source,
+        "windows": len(windows),
+        "length": windows.length,
+        "digest": windows.digest,
+    }
+
+
+def build(
+    *,
+    config: PruneConfig,
+    matched: Matched,
+    state: RunState,
+    protocol: dict[str, Any],
+    environment: dict[str, Any],
+    final: dict[str, Any],
+) -> dict[str, Any]:
+    """The whole report as plain values; non-finite numbers become null."""
+    ledger = state.ledger
+    layers = []
+    for index, layer in enumerate(matched.layers):
+        layers.append(
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "sparsity": ledger.layer_removed(index) / max(layer.parameters, 1),
+                "kept_rows": int(ledger.keep_rows(index).sum()),
+                "kept_columns": int(ledger.keep_columns(index).sum()),
+            }
+        )
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.to_dict(),
+        "environment": environment,
+        "protocol": protocol,
+        "family": matched.adapter.family,
+        "skipped": list(matched.skipped),
+        "dense": {"perplexity": state.dense_perplexity},
+        "shots": [dataclasses.asdict(record) for record in state.shots],
+        "layers": layers,
+        "final": final,
+    }
+    cleaned = _finite(value)
+    assert isinstance(cleaned, dict)
+    return cleaned
+
+
+def write(value: dict[str, Any], folder: Path) -> None:
+    """Write ``surgeon.json`` into a folder."""
+    (folder / "surgeon.json").write_text(
+        json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

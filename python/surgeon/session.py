@@ -1,0 +1,221 @@
+"""The shot loop: curvature, costs, selection, update, evaluation, checkpoint. No mathematics, no printing."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgeon import _core
+from surgeon.curvature import CurvatureFactors, estimator_for
+from surgeon.evaluate import evaluate_windows
+from surgeon.operations import begin_shot
+from surgeon.progress import Observer
+from surgeon.schedule import shot_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from surgeon.checkpoint import RunFolder
+    from surgeon.config import PruneConfig
+    from surgeon.data import Windows
+    from surgeon.layers import PrunableLayer
+    from surgeon.models import LoadedModel, Matched
+
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class ShotRecord:
+    """What one shot did; ``surgeon.json`` holds these fields.
+
+    Losses are mean next-token losses over the calibration windows in nats; None where not measured.
+    """
+
+    shot: int
+    target_sparsity: float
+    sparsity: float = 0.0
+    units: int = 0
+    threshold: float | None = None
+    predicted_loss_increase: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    perplexity: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    damping_events: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class RunState:
+    """Everything that a run knows besides the weights; saved after every shot.
+
+    Attributes:
+        ledger: which rows and columns are gone.
+        dense_perplexity: of the unpruned model.
+        shots: finished shots.
+    """
+
+    ledger: _core.Ledger
+    dense_perplexity: float | None = None
+    shots: list[ShotRecord] = field(default_factory=list)
+
+
+class Session:
+    """One pruning run over a live model.
+
+    Args:
+        loaded: the model; its prunable layers are changed in place.
+        matched: those layers.
+        calibration: windows for the curvature; None for methods that need none.
+        test: windows for the perplexity; None to leave evaluation out.
+        config: the settings.
+        observer: told what happens.
+        folder: where the state is saved after each shot; None to keep nothing.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        matched: Matched,
+        *,
+        calibration: Windows | None,
+        test: Windows | None,
+        config: PruneConfig,
+        observer: Observer | None = None,
+        folder: RunFolder | None = None,
+    ) -> None:
+        self.model = loaded.model
+        self.layers: tuple[PrunableLayer, ...] = matched.layers
+        self.config = config
+        self._calibration = calibration
+        self._test = test
+        self._observer = observer or Observer()
+        self._folder = folder
+        self._dtype = PRECISIONS[config.precision]
+        self._shot = 0
+        self.state = RunState(_core.Ledger([layer.shape for layer in self.layers]))
+        self.targets = shot_targets(
+            config,
+            prunable=matched.parameters,
+            total=sum(p.numel() for p in self.model.parameters()),
+            bytes_a_parameter=loaded.storage_dtype.itemsize,
+        )
+
+    def run(self) -> RunState:
+        """All shots that are not done yet."""
+        state = self.state
+        if state.dense_perplexity is None and self._test is not None:
+            state.dense_perplexity = self._perplexity("dense")
+            self._observer.dense(state.dense_perplexity)
+        for shot in range(len(state.shots) + 1, len(self.targets) + 1):
+            self._shot = shot
+            record = self._run_shot(shot)
+            state.shots.append(record)
+            if self._folder is not None:
+                with self._timed(record, "save", 1):
+                    self._folder.save_shot(state, self.layers)
+                    self._observer.advance(1)
+            self._observer.shot_done(dataclasses.asdict(record))
+        if state.shots and state.shots[-1].loss_after is None and self._calibration is not None:
+            state.shots[-1].loss_after = self._calibration_loss()
+        return state
+
+    def _run_shot(self, shot: int) -> ShotRecord:
+        ledger, target = self.state.ledger, self.targets[shot - 1]
+        record = ShotRecord(shot, target_sparsity=target / ledger.total)
+        factors = self._curvature(record)
+        operations = begin_shot(self.layers, self.config, ledger)
+        with self._timed(record, "costs", len(self.layers)):
+            for index, layer in enumerate(self.layers):
+                operations.measure(index, layer.read(self._dtype), factors.layers[index])
+                self._observer.advance(1, layer.name)
+        with self._timed(record, "select", 1):
+            selected = operations.select(target)
+            self._observer.advance(1)
+        predicted = 0.0
+        with self._timed(record, "update", len(self.layers)):
+            for index, layer in enumerate(self.layers):
+                applied = operations.apply(index, layer.read(self._dtype), factors.layers[index])
+                layer.write(applied.W_RC)
+                predicted += applied.predicted_increase
+                self._observer.advance(1, layer.name)
+        operations.commit(ledger)
+        del factors
+        record.sparsity = ledger.sparsity
+        record.units = selected.units
+        record.threshold = selected.threshold if selected.units else None
+        record.predicted_loss_increase = predicted if self.config.method_value.needs_curvature else None
+        record.damping_events = [dataclasses.asdict(event) for event in operations.damping_events]
+        record.peak_memory_bytes = peak_memory_bytes(self.model.device)
+        if self._test is not None:
+            with self._timed(record, "evaluate", len(self._test), announce=False):
+                record.perplexity = self._perplexity("evaluate")
+        return record
+
+    def _curvature(self, record: ShotRecord) -> CurvatureFactors:
+        method = self.config.method_value
+        if not method.needs_curvature:
+            return estimator_for("identity")(
+                self.model,
+                self.layers,
+                None,
+                batch_tokens=0,
+                accumulate=self._dtype,
+                advance=self._observer.advance,
+            )
+        assert self._calibration is not None, "this method needs calibration windows"
+        with self._timed(record, "curvature", len(self._calibration)):
+            factors = estimator_for("kfac")(
+                self.model,
+                self.layers,
+                self._calibration,
+                batch_tokens=self.config.batch_tokens,
+                accumulate=self._dtype,
+                advance=self._observer.advance,
+            )
+        record.loss_before = factors.loss
+        if self.state.shots:
+            self.state.shots[-1].loss_after = factors.loss
+        return factors
+
+    def _calibration_loss(self) -> float:
+        assert self._calibration is not None
+        self._observer.phase(self._shot, "loss", len(self._calibration))
+        return evaluate_windows(
+            self.model,
+            self._calibration,
+            batch_tokens=self.config.batch_tokens,
+            advance=self._observer.advance,
+        ).loss
+
+    def _perplexity(self, phase: str) -> float:
+        assert self._test is not None
+        self._observer.phase(self._shot, phase, len(self._test))
+        return evaluate_windows(
+            self.model, self._test, batch_tokens=self.config.batch_tokens, advance=self._observer.advance
+        ).perplexity
+
+    @contextmanager
+    def _timed(self, record: ShotRecord, name: str, steps: int, *, announce: bool = True) -> Iterator[None]:
+        if announce:
+            self._observer.phase(record.shot, name, steps)
+        begun = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        record.seconds[name] = time.perf_counter() - begun
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the device if it has its own, else the resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
