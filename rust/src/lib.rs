@@ -15,12 +15,15 @@
 
 pub mod error;
 pub mod ledger;
+pub mod nm;
 pub mod schedule;
 pub mod select;
 pub mod units;
 
 #[cfg(feature = "python")]
 mod python;
+#[cfg(test)]
+mod testing;
 
 pub use error::{CoreError, Result};
 

@@ -6,6 +6,7 @@
 mod arrays;
 mod ledger;
 mod select;
+mod stream;
 
 use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyValueError};
 use pyo3::prelude::*;
@@ -58,6 +59,11 @@ fn count(what: &str, value: &Bound<'_, PyAny>) -> PyResult<u64> {
     })
 }
 
+/// A layer's number from Python.
+fn index(layer: &Bound<'_, PyAny>) -> PyResult<usize> {
+    Ok(usize::try_from(count("layer", layer)?).unwrap_or(usize::MAX))
+}
+
 /// The version of the compiled core.
 #[pyfunction]
 fn version() -> &'static str {
@@ -70,7 +76,12 @@ mod _core {
     #[pymodule_export]
     use super::ledger::Ledger;
     #[pymodule_export]
-    use super::select::{CrossSelection, linear_schedule, removal_target, select_rows_columns};
+    use super::select::{
+        CrossSelection, UnitSelection, linear_schedule, removal_target, select_rows_columns,
+        select_units,
+    };
+    #[pymodule_export]
+    use super::stream::{CostQuantile, Threshold, element_mask, element_threshold, nm_mask};
     #[pymodule_export]
     use super::version;
 

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyType};
 
 use super::arrays::masks;
-use super::count;
+use super::{count, index};
 use crate::ledger;
 use crate::units::Shape;
 
@@ -109,9 +109,4 @@ impl Ledger {
             self.inner.shots()
         )
     }
-}
-
-/// A layer's number.
-fn index(layer: &Bound<'_, PyAny>) -> PyResult<usize> {
-    Ok(usize::try_from(count("layer", layer)?).unwrap_or(usize::MAX))
 }

@@ -5,7 +5,7 @@ use pyo3::types::PyList;
 
 use super::arrays::{mask_list, masks, vectors};
 use super::count;
-use crate::select::cross;
+use crate::select::{cross, independent};
 use crate::units::expect_layers;
 
 /// Rows and columns that stay and go.
@@ -77,6 +77,64 @@ pub(super) fn select_rows_columns<'py>(
         keep_columns: mask_list(py, selection.keep_columns)?,
         removed: selection.removed,
         total: selection.total,
+        threshold: selection.threshold,
+        units_removed: selection.units_removed,
+    })
+}
+
+/// Independent units that stay and go.
+#[pyclass(frozen, module = "surgeon._core")]
+pub(super) struct UnitSelection {
+    #[pyo3(get)]
+    keep: Py<PyList>,
+    #[pyo3(get)]
+    removed: u64,
+    #[pyo3(get)]
+    threshold: f64,
+    #[pyo3(get)]
+    units_removed: u64,
+}
+
+#[pymethods]
+impl UnitSelection {
+    fn __repr__(&self) -> String {
+        let Self { removed, threshold, units_removed, .. } = self;
+        format!(
+            "UnitSelection(removed={removed}, threshold={threshold:?}, units_removed={units_removed})"
+        )
+    }
+}
+
+/// Removes the cheapest units of all layers until `target` parameters are gone.
+#[pyfunction]
+#[pyo3(signature = (costs, sizes, alive, target, *, per_parameter=false))]
+pub(super) fn select_units<'py>(
+    py: Python<'py>,
+    costs: Vec<Bound<'py, PyAny>>,
+    sizes: Vec<Bound<'py, PyAny>>,
+    alive: Vec<Bound<'py, PyAny>>,
+    target: &Bound<'py, PyAny>,
+    per_parameter: bool,
+) -> PyResult<UnitSelection> {
+    let target = count("target", target)?;
+    expect_layers("sizes", costs.len(), sizes.len())?;
+    expect_layers("alive", costs.len(), alive.len())?;
+    let costs = vectors::<f64>("costs", "float64", costs)?;
+    let sizes = vectors::<u64>("sizes", "uint64", sizes)?;
+    let alive = masks("alive", alive)?;
+    let layers: Vec<independent::UnitLayer<'_>> = costs
+        .slices()?
+        .into_iter()
+        .zip(sizes.slices()?)
+        .zip(alive.slices()?)
+        .map(|((costs, sizes), alive)| independent::UnitLayer { costs, sizes, alive })
+        .collect();
+    let rank =
+        if per_parameter { independent::Rank::CostPerParameter } else { independent::Rank::Cost };
+    let selection = py.detach(|| independent::select_units(&layers, rank, target))?;
+    Ok(UnitSelection {
+        keep: mask_list(py, selection.keep)?,
+        removed: selection.removed,
         threshold: selection.threshold,
         units_removed: selection.units_removed,
     })

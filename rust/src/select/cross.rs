@@ -241,3 +241,6 @@ fn break_ties(
     ties.removed = removed;
     ties
 }
+
+#[cfg(test)]
+mod tests;

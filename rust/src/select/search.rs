@@ -64,9 +64,9 @@ impl<T: Record> Group<T> {
         Self { records, low: 0, high, below: 0 }
     }
 
-    /// Weight of all candidates.
-    pub(super) fn weight(&self) -> u64 {
-        self.records.iter().map(|record| record.weight()).sum()
+    /// Weight of all candidates; `None` if it does not fit 64 bits.
+    pub(super) fn weight(&self) -> Option<u64> {
+        self.records.iter().map(|record| record.weight()).try_fold(0, u64::checked_add)
     }
 
     /// Number of candidates.
