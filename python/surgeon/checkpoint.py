@@ -12,19 +12,19 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from surgeon import _core
 from surgeon.errors import OutputError, ResumeError, SurgeonError
+from surgeon.schedule import Ledger
 from surgeon.session import RunState, ShotRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from surgeon.layers import PrunableLayer
@@ -42,9 +42,7 @@ def check_output(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} is not a folder: choose another -o")
     if out.is_dir() and any(out.iterdir()):
-        raise OutputError(
-            f"{out} holds files already: nothing was changed; choose another -o or move them away"
-        )
+        raise OutputError(f"{out} holds files already: nothing was changed; choose another -o or move them away")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -167,7 +165,7 @@ class RunFolder:
             if saved["weights_sha256"] != _digest(folder / "weights.safetensors"):
                 raise ResumeError(f"{folder / 'weights.safetensors'} is damaged: its checksum does not fit")
             tensors = load_file(folder / "weights.safetensors")
-            ledger = _core.Ledger.from_bytes((folder / "ledger.bin").read_bytes())
+            ledger = Ledger.from_bytes((folder / "ledger.bin").read_bytes())
             for layer in layers:
                 for name, parameter in layer.module.named_parameters(recurse=False):
                     parameter.data.copy_(tensors[f"{layer.name}.{name}"])
@@ -212,7 +210,8 @@ class RunFolder:
         wrong = [key for key, value in self._fingerprint.items() if old.get(key) != value]
         if wrong:
             raise ResumeError(
-                f"the unfinished run in {self.path} differs in {', '.join(wrong)}: use its own settings, or delete that folder"
+                f"the unfinished run in {self.path} differs in {', '.join(wrong)}: "
+                "use its own settings, or delete that folder"
             )
 
 

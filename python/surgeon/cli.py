@@ -67,9 +67,7 @@ def prune_command(
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(
-            help="Fraction of the blocks' linear parameters that go.", show_default=_default("sparsity")
-        ),
+        typer.Option(help="Fraction of the blocks' linear parameters that go.", show_default=_default("sparsity")),
     ] = None,
     target_parameters: Annotated[
         str | None, typer.Option(help="Instead: parameters the whole model may keep, e.g. 5e9.")
@@ -85,9 +83,7 @@ def prune_command(
         str | None,
         typer.Option(help=f"Text for the curvature: {_DATA}.", show_default=_default("calibration")),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration windows.", show_default=_default("samples"))
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default=_default("samples"))] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(help="Tokens a window.", show_default="2048, or the model's positions if fewer"),
@@ -96,9 +92,7 @@ def prune_command(
         str | None,
         typer.Option(help="Text for the perplexity, like --calibration.", show_default=_default("test_data")),
     ] = None,
-    test_samples: Annotated[
-        int | None, typer.Option(help="Test windows, from the start.", show_default="all")
-    ] = None,
+    test_samples: Annotated[int | None, typer.Option(help="Test windows, from the start.", show_default="all")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Draws the calibration windows.", show_default=_default("seed"))
     ] = None,
@@ -107,15 +101,11 @@ def prune_command(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(
-            help="Arithmetic while pruning: float32 or float64.", show_default=_default("precision")
-        ),
+        typer.Option(help="Arithmetic while pruning: float32 or float64.", show_default=_default("precision")),
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens a batch: speed and memory, not the result.", show_default=_default("batch_tokens")
-        ),
+        typer.Option(help="Tokens a batch: speed and memory, not the result.", show_default=_default("batch_tokens")),
     ] = None,
     damping_g: Annotated[
         float | None, typer.Option(help="Relative damping of G.", show_default=_default("damping_g"))
@@ -123,9 +113,7 @@ def prune_command(
     damping_a: Annotated[
         float | None, typer.Option(help="Relative damping of A.", show_default=_default("damping_a"))
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the unfinished run of this OUT.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this OUT.")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with these settings; options win.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print surgeon.json to stdout.")] = False,
 ) -> None:
@@ -179,18 +167,14 @@ def prune_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint folders, hub ids or 'demo'.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoint folders, hub ids or 'demo'.")],
     *,
     data: Annotated[str, typer.Option(help=_DATA)] = "wiki-mini",
     sequence_length: Annotated[
         int | None,
         typer.Option(help="Tokens a window.", show_default="2048, or the model's positions if fewer"),
     ] = None,
-    test_samples: Annotated[
-        int | None, typer.Option(help="Windows, from the start.", show_default="all")
-    ] = None,
+    test_samples: Annotated[int | None, typer.Option(help="Windows, from the start.", show_default="all")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -198,7 +182,7 @@ def evaluate_command(
     """Perplexity of one or several models on the same text."""
     from surgeon.runner import evaluate
 
-    results = []
+    results: list[dict[str, Any]] = []
     for model in models:
         with _observer() as observer:
             result, windows = evaluate(
@@ -283,9 +267,7 @@ def _count(text: str) -> int:
 
 
 def _protocol(test: dict[str, Any]) -> str:
-    return (
-        f"protocol: {test['source']} test, {test['windows']} windows of {test['length']} tokens side by side"
-    )
+    return f"protocol: {test['source']} test, {test['windows']} windows of {test['length']} tokens side by side"
 
 
 def _shown(perplexity: float | None) -> str:

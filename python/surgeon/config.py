@@ -11,13 +11,14 @@ import hashlib
 import json
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError
 from surgeon.structures import parse_method, parse_structure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from surgeon.structures import Method, Structure
 
 PRECISIONS = ("float32", "float64")
@@ -174,7 +175,7 @@ def _need(condition: bool, message: str) -> None:  # noqa: FBT001
 
 
 def _coerce(key: str, type_name: str, value: Any) -> Any:
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
     base = type_name.removesuffix(" | None")
     if value is None and type_name.endswith("| None"):
         return None

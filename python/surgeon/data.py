@@ -159,7 +159,7 @@ def test_windows(ids_N: Tensor, *, source: str, length: int, samples: int | None
     wanted = count if samples is None else samples
     if count < max(wanted, 1):
         raise DataError(
-            f"{source} is too short: {ids_N.numel()} tokens are {count} windows of {length}, {max(wanted, 1)} are needed"
+            f"{source} is too short: {ids_N.numel()} tokens are {count} windows of {length}, {max(wanted, 1)} needed"
         )
     return Windows(ids_N[: wanted * length].reshape(wanted, length), source)
 
@@ -184,16 +184,12 @@ def _read_tokens(path: Path) -> Tensor:
 def _read_text(source: str, split: str) -> str:
     path = Path(source)
     if source == "wiki-mini":
-        return (resources.files("surgeon") / "assets" / "wiki-mini" / f"{split}.txt").read_text(
-            encoding="utf-8"
-        )
+        return (resources.files("surgeon") / "assets" / "wiki-mini" / f"{split}.txt").read_text(encoding="utf-8")
     if source in HUB_DATA or source.startswith("hub:"):
         return _read_hub(source, split)
     if path.suffix not in LOCAL_SUFFIXES:
         names = ", ".join(["wiki-mini", *HUB_DATA, "hub:NAME[:CONFIG][:COLUMN]"])
-        raise DataError(
-            f"unknown data {source!r}: give {names}, or a local file ending in {', '.join(LOCAL_SUFFIXES)}"
-        )
+        raise DataError(f"unknown data {source!r}: give {names}, or a local file ending in {', '.join(LOCAL_SUFFIXES)}")
     _must_exist(path)
     if path.suffix == ".txt":
         try:

@@ -100,8 +100,6 @@ class TargetError(SelectionError):
     """
 
     def __init__(self, requested: int, available: int) -> None:
-        super().__init__(
-            f"{requested} parameters are to be removed but only {available} can be: lower the sparsity"
-        )
+        super().__init__(f"{requested} parameters are to be removed but only {available} can be: lower the sparsity")
         self.requested = requested
         self.available = available

@@ -48,7 +48,7 @@ def write_checkpoint(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase | N
     Returns:
         Bytes of the weights on disk.
     """
-    loaded.model.to(loaded.storage_dtype)
+    loaded.model.to(loaded.storage_dtype)  # type: ignore[arg-type]
     loaded.model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -73,9 +73,7 @@ class PrunableLayer:
         bad = ~torch.isfinite(W_RC)
         if bad.any():
             index = int(bad.flatten().nonzero()[0])
-            raise NonFiniteError(
-                f"new weight {index} of layer {self.name} is not finite", layer=self.name, index=index
-            )
+            raise NonFiniteError(f"new weight {index} of layer {self.name} is not finite", layer=self.name, index=index)
         W_RC = W_RC + 0.0  # -0.0 + 0.0 is +0.0: negative zeros break sparse kernels
         if self.has_bias:
             self.module.bias.copy_(W_RC[:, -1])

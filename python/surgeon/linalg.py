@@ -123,7 +123,7 @@ def inverse_diagonal(L_nn: Tensor) -> Tensor:
     other side.
     """
     eye = torch.eye(L_nn.shape[0], dtype=L_nn.dtype, device=L_nn.device)
-    inverse = torch.linalg.solve_triangular(L_nn, eye, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(L_nn, eye, upper=False)
     return inverse.square_().sum(dim=0)
 
 

@@ -283,11 +283,7 @@ class LiveProgress(Observer):
     def _note(self) -> str:
         parts = []
         if self._perplexity is not None:
-            against = (
-                ""
-                if self._dense is None or self._dense == self._perplexity
-                else f" (dense {self._dense:.2f})"
-            )
+            against = "" if self._dense is None or self._dense == self._perplexity else f" (dense {self._dense:.2f})"
             parts.append(f"perplexity {self._perplexity:.2f}{against}")
         left = self._clock.remaining()
         if left is not None:
@@ -331,7 +327,7 @@ class LiveProgress(Observer):
 
 def _headline(facts: dict[str, Any]) -> str:
     return (
-        f"{facts['model']} ({facts['family']}): {facts['layers']} layers with {facts['parameters']:,} parameters can be "
-        f"pruned, {facts['skipped']} linear layers are left alone; {facts['method']}, {facts['structure']}, "
+        f"{facts['model']} ({facts['family']}): {facts['layers']} layers with {facts['parameters']:,} parameters "
+        f"can be pruned, {facts['skipped']} linear layers are left alone; {facts['method']}, {facts['structure']}, "
         f"{facts['shots']} shots on {facts['device']}"
     )

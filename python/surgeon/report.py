@@ -113,9 +113,7 @@ def build(
 
 def write(value: dict[str, Any], folder: Path) -> None:
     """Write ``surgeon.json`` into a folder."""
-    (folder / "surgeon.json").write_text(
-        json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    (folder / "surgeon.json").write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,8 @@ from surgeon.progress import EventLog, Observer, Observers
 from surgeon.session import PRECISIONS, Session
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
     from surgeon.config import PruneConfig
@@ -55,15 +56,11 @@ def choose_device(name: str) -> torch.device:
     if device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"device {name!r} is not supported: give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ConfigError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
-def prune(
-    config: PruneConfig, out: Path, *, resume: bool = False, observer: Observer | None = None
-) -> PruneResult:
+def prune(config: PruneConfig, out: Path, *, resume: bool = False, observer: Observer | None = None) -> PruneResult:
     """Prune a pretrained model and write the result.
 
     Args:
@@ -82,9 +79,7 @@ def prune(
     tokenizer = _tokenizer(config.model, config.calibration, config.test_data)
     length = fit_length(loaded, config.sequence_length)
     config = dataclasses.replace(config, sequence_length=length)
-    calibration = (
-        calibration_set(config, loaded, tokenizer, length) if config.method_value.needs_curvature else None
-    )
+    calibration = calibration_set(config, loaded, tokenizer, length) if config.method_value.needs_curvature else None
     test = test_set(config.test_data, loaded, tokenizer, length, config.test_samples)
     fingerprint = {
         "settings": config.digest(),
@@ -122,7 +117,7 @@ def prune(
                 session.state = saved
             told.run_started(shots=config.shots, done=len(session.state.shots), facts=facts)
             state = session.run()
-            final = _finish(loaded, tokenizer, session, test, folder.path, told)
+            final = _finish(loaded, tokenizer, session=session, test=test, folder=folder.path, told=told)
             value = report.build(
                 config=config,
                 matched=matched,
@@ -142,6 +137,7 @@ def prune(
 def _finish(
     loaded: LoadedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
     session: Session,
     test: Windows,
     folder: Path,
@@ -209,7 +205,7 @@ def calibration_set(
         length=length,
         seed=config.seed,
     )
-    windows.check_vocabulary(loaded.model.get_input_embeddings().num_embeddings)
+    windows.check_vocabulary(vocabulary_size(loaded))
     return windows
 
 
@@ -227,8 +223,14 @@ def test_set(
     """
     ids = data.token_ids(source, "test", tokenizer)
     windows = data.test_windows(ids, source=source, length=length, samples=samples)
-    windows.check_vocabulary(loaded.model.get_input_embeddings().num_embeddings)
+    windows.check_vocabulary(vocabulary_size(loaded))
     return windows
+
+
+def vocabulary_size(loaded: LoadedModel) -> int:
+    """Rows of the model's input embedding."""
+    weight: torch.Tensor = loaded.model.get_input_embeddings().get_parameter("weight")
+    return weight.shape[0]
 
 
 def fit_length(loaded: LoadedModel, length: int | None) -> int:

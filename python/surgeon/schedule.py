@@ -6,10 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 from surgeon import _core
+from surgeon._core import Ledger
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
     from surgeon.config import PruneConfig
+
+__all__ = ["Ledger", "parse_size", "shot_targets"]
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon import _core
 from surgeon.curvature import CurvatureFactors, estimator_for
 from surgeon.evaluate import evaluate_windows
 from surgeon.operations import begin_shot
 from surgeon.progress import Observer
-from surgeon.schedule import shot_targets
+from surgeon.schedule import Ledger, shot_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +61,7 @@ class RunState:
         shots: finished shots.
     """
 
-    ledger: _core.Ledger
+    ledger: Ledger
     dense_perplexity: float | None = None
     shots: list[ShotRecord] = field(default_factory=list)
 
@@ -100,7 +99,7 @@ class Session:
         self._folder = folder
         self._dtype = PRECISIONS[config.precision]
         self._shot = 0
-        self.state = RunState(_core.Ledger([layer.shape for layer in self.layers]))
+        self.state = RunState(Ledger([layer.shape for layer in self.layers]))
         self.targets = shot_targets(
             config,
             prunable=matched.parameters,

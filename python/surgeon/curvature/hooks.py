@@ -15,6 +15,7 @@ from surgeon.errors import NonFiniteError, SurgeonError, ZeroCurvatureError
 from surgeon.linalg import add_second_moment_, mirror_upper_
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from torch import Tensor, nn
@@ -68,9 +69,7 @@ class MomentCollector:
         self._handles.clear()
         self._seen.clear()
 
-    def begin_batch(
-        self, shape: tuple[int, int], *, first_window: int, mask_BT: Tensor | None = None
-    ) -> None:
+    def begin_batch(self, shape: tuple[int, int], *, first_window: int, mask_BT: Tensor | None = None) -> None:
         """Announce the next forward pass.
 
         Args:
@@ -110,13 +109,13 @@ class MomentCollector:
             f"{what} of layer {layer} is not finite in calibration window {window}", layer=layer, index=window
         )
 
-    def _forward_hook(self, index: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _forward_hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._consume_input(index, args[0])
             if torch.is_grad_enabled():
                 if not output.requires_grad:
                     output.requires_grad_()
-                output.register_hook(lambda gradient: self._consume_gradient(index, gradient))
+                output.register_hook(lambda gradient: self._consume_gradient(index, gradient))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -125,9 +124,7 @@ class MomentCollector:
         shared = known is not None and known[0]() is inputs
         leader = known[1] if shared and known is not None else index
         if self._leader.setdefault(index, leader) != leader:
-            raise SurgeonError(
-                f"layer {self._layers[index].name} does not read the same tensor in every pass"
-            )
+            raise SurgeonError(f"layer {self._layers[index].name} does not read the same tensor in every pass")
         if shared:
             return
         self._seen[id(inputs)] = (weakref.ref(inputs), index)

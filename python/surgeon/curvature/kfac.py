@@ -58,15 +58,13 @@ def kfac(
         for batch in windows.batches(batch_tokens):
             ids_BT = batch.ids.to(device)
             mask_BT = None if batch.mask is None else batch.mask.to(device)
-            collector.begin_batch(
-                (ids_BT.shape[0], ids_BT.shape[1]), first_window=batch.first, mask_BT=mask_BT
-            )
+            collector.begin_batch((ids_BT.shape[0], ids_BT.shape[1]), first_window=batch.first, mask_BT=mask_BT)
             with torch.enable_grad():
                 logits = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
                 loss, count = next_token_loss_sum(logits, ids_BT, mask_BT)
                 del logits
                 if loss.requires_grad:
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
             collector.end_batch()
             if not torch.isfinite(loss):
                 raise NonFiniteError(
@@ -79,13 +77,9 @@ def kfac(
         factors = CurvatureFactors(tokens=collector.tokens, loss=float(loss_sum) / max(predicted, 1))
         for index in range(len(layers)):
             A_CC, leader = collector.input_moment(index)
-            factors.layers.append(
-                LayerFactors(A_CC, collector.gradient_moment(index), f"{leader}:{A_CC.shape[0]}")
-            )
+            factors.layers.append(LayerFactors(A_CC, collector.gradient_moment(index), f"{leader}:{A_CC.shape[0]}"))
     if not any(f.G_RR is not None and bool(f.G_RR.diagonal().any()) for f in factors.layers):
-        raise ZeroCurvatureError(
-            "the output gradients of every layer are zero: nothing can be pruned by them"
-        )
+        raise ZeroCurvatureError("the output gradients of every layer are zero: nothing can be pruned by them")
     return factors
 
 

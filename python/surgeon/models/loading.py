@@ -1,11 +1,11 @@
-"""Loading a causal language model and its tokenizer: a local folder, a hub id, or the demo inside the package."""
+"""Loading a causal language model and its tokenizer: a folder, a hub id, or a model inside the package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -69,23 +69,26 @@ def load_model(name: str, *, device: torch.device, precision: torch.dtype) -> Lo
         config = AutoConfig.from_pretrained(source)
         adapter_for(str(config.model_type))
         # Missing weights would be initialised at random and only warned about: ask for the list.
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+        found: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+    model: PreTrainedModel = found[0]
+    info: dict[str, Any] = found[1]
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
             some = ", ".join(sorted(str(key) for key in info[kind])[:3])
             raise ModelError(
-                f"the checkpoint {name!r} does not fit its configuration: {len(info[kind])} {kind.replace('_', ' ')} ({some})"
+                f"the checkpoint {name!r} does not fit its configuration: "
+                f"{len(info[kind])} {kind.replace('_', ' ')} ({some})"
             )
     storage_dtype = model.dtype
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the checkpoint {name!r} has non-finite weights in {key}")
-    model.to(device=device, dtype=precision)
-    model.eval()
+    model.to(device=device, dtype=precision)  # type: ignore[call-arg]
+    model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(requires_grad=False)
     return LoadedModel(model, storage_dtype, source)
 

@@ -10,9 +10,9 @@ from surgeon.operations.rows_columns import RowsColumnsShot
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from surgeon._core import Ledger
     from surgeon.config import PruneConfig
     from surgeon.layers import PrunableLayer
+    from surgeon.schedule import Ledger
 
 __all__ = ["Applied", "DampingEvent", "Selected", "ShotOperations", "begin_shot"]
 

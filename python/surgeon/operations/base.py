@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgeon._core import Ledger
     from surgeon.curvature import LayerFactors
+    from surgeon.schedule import Ledger
 
 
 @dataclass(frozen=True)

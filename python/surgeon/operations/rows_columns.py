@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from surgeon._core import Ledger
     from surgeon.config import PruneConfig
     from surgeon.curvature import LayerFactors
     from surgeon.layers import PrunableLayer
+    from surgeon.schedule import Ledger
 
 # Factors are inverted in float64: with condition numbers of 1e4 and more float32 leaves few digits.
 SOLVE_DTYPE = torch.float64
@@ -64,9 +64,7 @@ class RowsColumnsShot(ShotOperations):
     def measure(self, index: int, W_RC: Tensor, factors: LayerFactors) -> None:
         """Costs of a layer's rows and columns."""
         alive_rows = torch.from_numpy(self._ledger.keep_rows(index)).to(W_RC.device) & (W_RC != 0).any(1)
-        alive_columns = torch.from_numpy(self._ledger.keep_columns(index)).to(W_RC.device) & (W_RC != 0).any(
-            0
-        )
+        alive_columns = torch.from_numpy(self._ledger.keep_columns(index)).to(W_RC.device) & (W_RC != 0).any(0)
         self._check_curvature(index, factors, alive_rows, alive_columns)
         if factors.G_RR is not None:
             alive_rows &= factors.G_RR.diagonal() > 0
@@ -85,9 +83,7 @@ class RowsColumnsShot(ShotOperations):
         self._alive.append(alive)
         self._costs.append(RowColumnCosts(row_costs, column_costs, alive_rows, alive_columns))
 
-    def _alive_costs(
-        self, index: int, W_RC: Tensor, factors: LayerFactors, alive: _Alive
-    ) -> tuple[Tensor, Tensor]:
+    def _alive_costs(self, index: int, W_RC: Tensor, factors: LayerFactors, alive: _Alive) -> tuple[Tensor, Tensor]:
         W = W_RC[alive.rows][:, alive.columns]
         A, G = _sub(factors.A_CC, alive.columns), _sub(factors.G_RR, alive.rows)
         if not self._updates:
@@ -101,9 +97,7 @@ class RowsColumnsShot(ShotOperations):
         """Choose rows and columns over all layers."""
         structure = self._config.structure_value
         names = [layer.name for layer in self._layers]
-        chosen = select_rows_columns(
-            self._costs, target, names, rows=structure.rows, columns=structure.columns
-        )
+        chosen = select_rows_columns(self._costs, target, names, rows=structure.rows, columns=structure.columns)
         self._selection = chosen
         self._last_A = None
         return Selected(chosen.removed, chosen.threshold, chosen.units)
@@ -164,9 +158,7 @@ class RowsColumnsShot(ShotOperations):
             self._events.append(DampingEvent(name, what, asked, found.relative, found.ladder_step))
         return found
 
-    def _check_curvature(
-        self, index: int, factors: LayerFactors, alive_rows: Tensor, alive_columns: Tensor
-    ) -> None:
+    def _check_curvature(self, index: int, factors: LayerFactors, alive_rows: Tensor, alive_columns: Tensor) -> None:
         """A layer with weights but with all-zero curvature is only right after something was removed."""
         if self._ledger.removed or not (alive_rows.any() and alive_columns.any()):
             return

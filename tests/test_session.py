@@ -1,0 +1,162 @@
+"""The shot loop on tiny models: targets met, optimum reached, dead units taken along, weights exactly zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from surgeon.config import PruneConfig
+from surgeon.curvature import kfac
+from surgeon.data import Windows
+from surgeon.errors import ZeroCurvatureError
+from surgeon.models import LoadedModel, match_layers
+from surgeon.session import Session
+from tests.conftest import VOCABULARY, tiny_llama, tiny_opt
+from tests.oracles.dense import damped, kkt_optimum
+
+
+def windows(n: int = 6, length: int = 16, seed: int = 3) -> Windows:
+    generator = torch.Generator().manual_seed(seed)
+    return Windows(torch.randint(0, VOCABULARY, (n, length), generator=generator), "random")
+
+
+def session(model: PreTrainedModel, **settings: object) -> Session:
+    config = PruneConfig(**{"precision": "float64", "sequence_length": 16, "shots": 3, **settings})  # type: ignore[arg-type]
+    model = model.to(torch.float64).requires_grad_(False)
+    loaded = LoadedModel(model, torch.float64, "tiny")
+    return Session(loaded, match_layers(model), calibration=windows(), test=windows(seed=4), config=config)
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "rows", "columns"])
+@pytest.mark.parametrize("method", ["surgeon", "k-obd", "magnitude"])
+def test_every_method_meets_its_target_with_exact_zeros(tiny: PreTrainedModel, structure: str, method: str) -> None:
+    run = session(tiny, structure=structure, method=method, sparsity=0.4)
+    state = run.run()
+    assert [record.shot for record in state.shots] == [1, 2, 3]
+    for record in state.shots:
+        assert record.sparsity >= record.target_sparsity
+        assert record.sparsity < record.target_sparsity + 0.02  # one row or column too many at most
+    counted = 0
+    for index, layer in enumerate(run.layers):
+        W = layer.read(torch.float64)
+        rows = torch.from_numpy(state.ledger.keep_rows(index))
+        columns = torch.from_numpy(state.ledger.keep_columns(index))
+        assert (W[~rows] == 0).all()
+        assert (W[:, ~columns] == 0).all()
+        assert not torch.signbit(W[W == 0]).any()
+        n_r, n_c = int((~rows).sum()), int((~columns).sum())
+        counted += n_r * layer.columns + n_c * layer.rows - n_r * n_c
+        # Only what dead partners took along may have gone of the other kind.
+        if structure == "rows" and method == "magnitude":
+            assert columns.all() or not rows.any()
+    assert counted == state.ledger.removed
+
+
+def test_one_shot_reaches_the_dense_optimum(tiny: PreTrainedModel) -> None:
+    """Every layer's new weights are the KKT optimum for the units that the selection took."""
+    run = session(tiny, shots=1, sparsity=0.35)
+    before = [layer.read(torch.float64) for layer in run.layers]
+    factors = kfac(run.model, run.layers, windows(), batch_tokens=64, accumulate=torch.float64, advance=lambda _n: None)
+    state = run.run()
+    for index, layer in enumerate(run.layers):
+        keep = torch.from_numpy(state.ledger.keep_rows(index))[:, None] & torch.from_numpy(
+            state.ledger.keep_columns(index)
+        )
+        A, G = factors.layers[index].A_CC, factors.layers[index].G_RR
+        assert A is not None
+        assert G is not None
+        # Some units are dead (a ReLU that never fires): they leave before anything is damped.
+        r, c = G.diagonal().nonzero().flatten(), A.diagonal().nonzero().flatten()
+        expected = torch.zeros_like(before[index])
+        expected[r[:, None], c] = kkt_optimum(
+            before[index][r[:, None], c],
+            keep[r[:, None], c],
+            damped(G[r[:, None], r], 0.1),
+            damped(A[c[:, None], c], 0.01),
+        )
+        torch.testing.assert_close(layer.read(torch.float64), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
+def test_dead_units_take_their_partners_along(make: object) -> None:
+    """An MLP unit whose first row is gone kills its column in the next layer, one shot later."""
+    model = make()  # type: ignore[operator]
+    matched = match_layers(model)
+    by_role = {(layer.block, layer.role): i for i, layer in enumerate(matched.layers)}
+    first = by_role.get((0, "up"), by_role.get((0, "fc1")))
+    second = by_role.get((0, "down"), by_role.get((0, "fc2")))
+    assert first is not None
+    assert second is not None
+    module = matched.layers[first].module
+    with torch.no_grad():
+        module.weight[5] = 0
+        if module.bias is not None:
+            module.bias[5] = 0
+    run = session(model, shots=1, sparsity=0.01)
+    state = run.run()
+    assert not state.ledger.keep_rows(first)[5]
+    assert not state.ledger.keep_columns(second)[5]
+    assert (run.layers[second].module.weight[:, 5] == 0).all()
+
+
+def test_a_unit_that_the_gradient_never_reaches_is_dead() -> None:
+    """A zero down column makes the gradient of its gate and up rows exactly zero."""
+    model = tiny_llama()
+    matched = match_layers(model)
+    index = {(layer.block, layer.role): i for i, layer in enumerate(matched.layers)}
+    with torch.no_grad():
+        matched.layers[index[1, "down"]].module.weight[:, 7] = 0
+    state = session(model, shots=1, sparsity=0.01).run()
+    assert not state.ledger.keep_columns(index[1, "down"])[7]
+    assert not state.ledger.keep_rows(index[1, "gate"])[7]
+    assert not state.ledger.keep_rows(index[1, "up"])[7]
+
+
+def test_almost_everything_can_go(tiny: PreTrainedModel) -> None:
+    """Fully pruned layers on the way are no error, and the model still runs."""
+    state = session(tiny, sparsity=0.97, shots=4).run()
+    assert state.ledger.sparsity >= 0.97
+    assert state.shots[-1].perplexity is not None
+
+
+def test_zero_sparsity_changes_nothing(tiny: PreTrainedModel) -> None:
+    run = session(tiny, sparsity=0.0, shots=2)
+    before = [layer.read(torch.float64) for layer in run.layers]
+    state = run.run()
+    assert state.ledger.removed == 0
+    assert state.shots[-1].threshold is None
+    for layer, old in zip(run.layers, before, strict=True):
+        assert torch.equal(layer.read(torch.float64), old)
+
+
+def test_a_layer_with_weights_but_no_curvature_is_an_error() -> None:
+    """A value projection whose output nobody reads: not silently pruned in the first shot."""
+    model = tiny_llama()
+    matched = match_layers(model)
+    o = next(layer for layer in matched.layers if (layer.block, layer.role) == (0, "o"))
+    with torch.no_grad():
+        o.module.weight.zero_()
+    with pytest.raises(ZeroCurvatureError, match=r"factor G of layer model\.layers\.0\.self_attn\.q_proj"):
+        session(model, shots=1, sparsity=0.1).run()
+
+
+def test_losses_and_prediction_are_recorded(tiny: PreTrainedModel) -> None:
+    state = session(tiny, sparsity=0.3, shots=2).run()
+    first, second = state.shots
+    assert first.loss_after == second.loss_before
+    assert second.loss_after is not None
+    assert first.predicted_loss_increase is not None
+    assert first.predicted_loss_increase > 0
+    assert set(first.seconds) == {"curvature", "costs", "select", "update", "evaluate"}
+
+
+def test_result_does_not_depend_on_the_batch_size(tiny: PreTrainedModel) -> None:
+    import copy
+
+    other = copy.deepcopy(tiny)
+    a, b = session(tiny, batch_tokens=16), session(other, batch_tokens=64)
+    ledgers = a.run().ledger, b.run().ledger
+    assert ledgers[0] == ledgers[1]
+    for x, y in zip(a.layers, b.layers, strict=True):
+        torch.testing.assert_close(x.read(torch.float64), y.read(torch.float64), rtol=1e-7, atol=1e-9)
