@@ -19,7 +19,7 @@ LEVELS = [
     ["linalg"],
     ["layers", "data"],
     ["models"],
-    ["evaluate"],
+    ["evaluation"],
     ["curvature"],
     ["costs", "update"],
     ["select", "schedule"],

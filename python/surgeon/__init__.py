@@ -12,13 +12,13 @@ from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
     from surgeon.config import PruneConfig
-    from surgeon.evaluate import Evaluation
+    from surgeon.evaluation import Evaluation
     from surgeon.progress import Observer
     from surgeon.runner import PruneResult, evaluate, prune
     from surgeon.structures import Method, Structure
 
 _LAZY = {
-    "Evaluation": "surgeon.evaluate",
+    "Evaluation": "surgeon.evaluation",
     "Method": "surgeon.structures",
     "Observer": "surgeon.progress",
     "PruneConfig": "surgeon.config",

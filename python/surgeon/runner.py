@@ -10,7 +10,7 @@ import torch
 from surgeon import data, report
 from surgeon.checkpoint import RunFolder, check_output, model_fingerprint
 from surgeon.errors import ConfigError, ModelError
-from surgeon.evaluate import Evaluation, evaluate_windows
+from surgeon.evaluation import Evaluation, evaluate_windows
 from surgeon.export import round_to_storage, write_checkpoint
 from surgeon.models import load_model, load_tokenizer, match_layers
 from surgeon.progress import EventLog, Observer, Observers

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.curvature import CurvatureFactors, estimator_for
-from surgeon.evaluate import evaluate_windows
+from surgeon.evaluation import evaluate_windows
 from surgeon.operations import begin_shot
 from surgeon.progress import Observer
 from surgeon.schedule import Ledger, shot_targets

@@ -12,7 +12,7 @@ import torch
 from surgeon.curvature.base import CurvatureFactors, LayerFactors, register
 from surgeon.curvature.hooks import MomentCollector
 from surgeon.errors import ConfigError, NonFiniteError, ZeroCurvatureError
-from surgeon.evaluate import next_token_loss_sum
+from surgeon.evaluation import next_token_loss_sum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
