@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 97
 
@@ -82,3 +92,11 @@ def spd(n: int, generator: torch.Generator, *, rank: int | None = None) -> torch
     """A random second moment ``[n, n]`` in float64."""
     X = torch.randn(rank or 3 * n, n, generator=generator, dtype=torch.float64)
     return X.T @ X / X.shape[0]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters over the tiny models' vocabulary."""
+    characters = [chr(c) for c in range(32, 32 + VOCABULARY - 3)] + ["\n", "\t", "<unk>"]
+    inner = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")

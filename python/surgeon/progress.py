@@ -191,7 +191,7 @@ class _Clock:
 
 # Phases of a shot in order, and those that happen once a run.
 PHASES = ("curvature", "costs", "select", "update", "evaluate", "save")
-_ONCE = ("dense", "loss", "export", "final")
+_ONCE = ("load", "dense", "loss", "export", "final")
 
 
 class PlainProgress(Observer):

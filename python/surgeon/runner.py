@@ -73,6 +73,8 @@ def prune(config: PruneConfig, out: Path, *, resume: bool = False, observer: Obs
         SurgeonError: any of its children; OUT is then not there, and what was done can be resumed.
     """
     check_output(out)
+    told = observer or Observer()
+    told.phase(0, "load", 1)
     device = choose_device(config.device)
     loaded = load_model(config.model, device=device, precision=PRECISIONS[config.precision])
     matched = match_layers(loaded.model)
@@ -99,9 +101,10 @@ def prune(config: PruneConfig, out: Path, *, resume: bool = False, observer: Obs
         "shots": config.shots,
         "device": str(device),
     }
+    told.advance(1)
     with RunFolder(out, fingerprint, resume=resume) as folder:
         log = EventLog(folder.path / "events.jsonl")
-        told = Observers([log, observer or Observer()])
+        told = Observers([log, told])
         try:
             session = Session(
                 loaded,
@@ -183,9 +186,11 @@ def evaluate(
     told = observer or Observer()
     if precision not in PRECISIONS:
         raise ConfigError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    told.phase(0, "load", 1)
     loaded = load_model(model, device=choose_device(device), precision=PRECISIONS[precision])
     length = fit_length(loaded, sequence_length)
     windows = test_set(data_source, loaded, _tokenizer(model, data_source), length, samples)
+    told.advance(1)
     told.phase(0, "evaluate", len(windows))
     return evaluate_windows(loaded.model, windows, batch_tokens=batch_tokens, advance=told.advance), windows
 
