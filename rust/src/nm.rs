@@ -109,10 +109,10 @@ fn mask_row<T: Cost>(
     scratch: &mut Vec<usize>,
 ) -> bool {
     match pattern.group {
-        2 => mask_groups::<T, 2>(costs, keep, pattern.keep),
-        4 => mask_groups::<T, 4>(costs, keep, pattern.keep),
-        8 => mask_groups::<T, 8>(costs, keep, pattern.keep),
-        16 => mask_groups::<T, 16>(costs, keep, pattern.keep),
+        2 => mask_groups::<T, 2, 1>(costs, keep, pattern.keep),
+        4 => mask_groups::<T, 4, 1>(costs, keep, pattern.keep),
+        8 => mask_groups::<T, 8, 1>(costs, keep, pattern.keep),
+        16 => mask_groups::<T, 16, 8>(costs, keep, pattern.keep),
         group => {
             let groups = costs.chunks(group).zip(keep.chunks_mut(group));
             groups.for_each(|(costs, keep)| mask_any(costs, keep, pattern.keep, scratch));
@@ -121,21 +121,39 @@ fn mask_row<T: Cost>(
     costs.iter().fold(true, |finite, cost| finite & cost.finite())
 }
 
-/// Groups of a length known to the compiler.
-fn mask_groups<T: Cost, const M: usize>(costs: &[T], keep: &mut [bool], kept: usize) {
-    let (groups, rest) = costs.as_chunks::<M>();
-    let (keep_groups, keep_rest) = keep.as_chunks_mut::<M>();
-    for (costs, keep) in groups.iter().zip(keep_groups) {
+/// Groups of a length `M` known to the compiler, `B` of them at a time.
+///
+/// A cost stays if fewer than `kept` of its group beat it. Every pair is compared once: of two
+/// costs exactly one beats the other, the later one if they are equal.
+fn mask_groups<T: Cost, const M: usize, const B: usize>(
+    costs: &[T],
+    keep: &mut [bool],
+    kept: usize,
+) {
+    #[allow(clippy::cast_possible_wrap)]
+    let fewer = kept as i32;
+    let blocks = costs.as_chunks::<M>().0.as_chunks::<B>().0;
+    let done = M * B * blocks.len();
+    let keep_blocks = keep.as_chunks_mut::<M>().0.as_chunks_mut::<B>().0;
+    for (costs, keep) in blocks.iter().zip(keep_blocks) {
+        let mut beaten_by = [[0_i32; B]; M];
         for i in 0..M {
-            let mut beaten_by = 0_u8;
-            for j in 0..M {
-                let beats = if j > i { costs[j] >= costs[i] } else { costs[j] > costs[i] };
-                beaten_by += u8::from(beats & (j != i));
+            for j in i + 1..M {
+                for b in 0..B {
+                    let later = i32::from(costs[b][j] >= costs[b][i]);
+                    beaten_by[i][b] += later;
+                    beaten_by[j][b] += 1 - later;
+                }
             }
-            keep[i] = usize::from(beaten_by) < kept;
+        }
+        for i in 0..M {
+            for b in 0..B {
+                keep[b][i] = beaten_by[i][b] < fewer;
+            }
         }
     }
-    mask_any(rest, keep_rest, kept, &mut Vec::new());
+    let tail = costs[done..].chunks(M).zip(keep[done..].chunks_mut(M));
+    tail.for_each(|(costs, keep)| mask_any(costs, keep, kept, &mut Vec::new()));
 }
 
 /// One group of any length.
@@ -209,7 +227,9 @@ mod tests {
             value in prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]),
         ) {
             let mut costs = vec![1.0_f32; 50 * 9];
-            bad.iter().for_each(|&i| costs[i] = value);
+            for &i in &bad {
+                costs[i] = value;
+            }
             let found = nm_mask(&costs, 9, 8, Pattern::new(2, 4).unwrap());
             match bad.iter().filter(|&i| i % 9 != 8).min() {
                 None => prop_assert!(found.is_ok()),

@@ -13,7 +13,10 @@ fn brute(rows: &[Vec<bool>], columns: &[Vec<bool>]) -> u64 {
     rows.iter().zip(columns).map(layer).sum()
 }
 
-type Shots = (Vec<(usize, usize)>, Vec<(Vec<Vec<bool>>, Vec<Vec<bool>>)>);
+/// Row masks and column masks of all layers.
+type Shot = (Vec<Vec<bool>>, Vec<Vec<bool>>);
+/// Shapes, and what stands after each shot.
+type Shots = (Vec<(usize, usize)>, Vec<Shot>);
 
 /// Shapes and, for each shot, masks that only ever lose.
 fn shots() -> impl Strategy<Value = Shots> {
@@ -41,7 +44,7 @@ fn shots() -> impl Strategy<Value = Shots> {
     })
 }
 
-fn book(shapes: &[(usize, usize)], shots: &[(Vec<Vec<bool>>, Vec<Vec<bool>>)]) -> Ledger {
+fn book(shapes: &[(usize, usize)], shots: &[Shot]) -> Ledger {
     let shape =
         |&(rows, columns): &(usize, usize)| Shape { rows: rows as u64, columns: columns as u64 };
     let mut ledger = Ledger::new(shapes.iter().map(shape).collect()).unwrap();

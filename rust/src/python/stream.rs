@@ -207,6 +207,7 @@ impl CostQuantile {
 /// Cuts the costs of all layers so that exactly `rank` elements go.
 #[pyfunction]
 #[pyo3(signature = (costs, rank, alive=None))]
+#[allow(clippy::needless_pass_by_value)] // lists are extracted, not borrowed
 pub(super) fn element_threshold<'py>(
     py: Python<'py>,
     costs: Vec<Bound<'py, PyAny>>,

@@ -174,7 +174,7 @@ fn pivot<T: Record>(groups: &[Group<T>], round: u64) -> u64 {
     let open: usize = groups.iter().map(|group| group.open().len()).sum();
     assert!(open > 0, "the target lies beyond all candidates");
     if round >= SAMPLED_ROUNDS {
-        let keys = || groups.iter().flat_map(|group| group.open()).map(|record| record.key());
+        let keys = || groups.iter().flat_map(Group::open).map(|record| record.key());
         let (low, high) = (keys().min().unwrap_or(0), keys().max().unwrap_or(0));
         return low + (high - low).div_ceil(2);
     }

@@ -110,10 +110,10 @@ proptest! {
     ) {
         prop_assume!(!layers.is_empty());
         for (layer, column, index) in bad {
-            let layer = index_of(&layer, layers.len());
+            let layer = layer.index(layers.len());
             let side = if column { &mut layers[layer].1 } else { &mut layers[layer].0 };
             if !side.is_empty() {
-                let index = index_of(&index, side.len());
+                let index = index.index(side.len());
                 side[index].0 = f64::INFINITY;
             }
         }
@@ -130,10 +130,6 @@ proptest! {
             (found, first) => prop_assert!(found.is_ok() && first.is_none(), "{found:?} {first:?}"),
         }
     }
-}
-
-fn index_of(index: &prop::sample::Index, length: usize) -> usize {
-    index.index(length)
 }
 
 #[test]

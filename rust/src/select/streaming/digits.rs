@@ -68,10 +68,14 @@ impl Cost for f32 {
 /// [`order_key`] in 32 bits.
 #[inline]
 fn short_key(cost: f32) -> u32 {
-    let bits = (cost + 0.0).to_bits();
+    order_of_bits((cost + 0.0).to_bits())
+}
+
+/// Turns the upper bits of a float into an integer of the same order.
+#[inline]
+fn order_of_bits(bits: u32) -> u32 {
     // All ones for a negative cost, only the sign bit otherwise.
-    let flip = ((bits.cast_signed() >> 31).cast_unsigned()) | (1 << 31);
-    bits ^ flip
+    bits ^ ((bits.cast_signed() >> 31).cast_unsigned() | 1 << 31)
 }
 
 impl Cost for f64 {
@@ -80,7 +84,7 @@ impl Cost for f64 {
 
     #[inline]
     fn first_digit(self) -> u16 {
-        (order_key(self) >> 48) as u16
+        (order_of_bits(((self + 0.0).to_bits() >> 32) as u32) >> 16) as u16
     }
 
     #[inline]

@@ -8,13 +8,15 @@
 
 mod digits;
 mod mask;
+mod open;
 mod tables;
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
 use self::digits::{DIGIT_BITS, finite_digits};
+use self::open::Open;
 use self::tables::{CHUNK, Tables};
 use crate::error::{CoreError, Result};
 use crate::units::{Kind, expect_length};
@@ -77,19 +79,6 @@ pub struct CostQuantile {
     tables: Tables,
     collected: Mutex<Vec<u64>>,
     result: Option<Threshold>,
-}
-
-/// The costs in question: those whose key starts with `prefix`.
-#[derive(Default, Clone, Copy)]
-struct Open {
-    /// The digits that are known, the last one in the lowest bits.
-    prefix: u64,
-    /// How many digits are known.
-    digits: u32,
-    /// Number of costs in question.
-    count: u64,
-    /// Number of costs below them.
-    below: u64,
 }
 
 impl CostQuantile {
@@ -159,15 +148,9 @@ impl CostQuantile {
         let finite = if chunks <= 1 {
             (0..chunks).all(|i| self.count_chunk(chunk(i)))
         } else {
-            // No short circuit: each chunk is counted, so that the cost does not vary.
-            (0..chunks)
-                .into_par_iter()
-                .map(|i| self.count_chunk(chunk(i)))
-                .reduce(|| true, |a, b| a & b)
+            (0..chunks).into_par_iter().map(|i| self.count_chunk(chunk(i))).all(|finite| finite)
         };
-        let finite =
-            finite && (self.open.digits > 0 || !self.tables.any_outside(&finite_digits::<T>()));
-        if !finite {
+        if !finite || (self.open.digits == 0 && self.tables.any_outside(&finite_digits::<T>())) {
             refuse_non_finite(layer, costs, alive)?;
         }
         self.seen += alive
@@ -175,34 +158,37 @@ impl CostQuantile {
         Ok(())
     }
 
-    /// Counts or collects one chunk. False if something in it may not be finite.
+    /// Counts or collects one chunk. False if something alive in it is not finite, except in the
+    /// first pass, whose tables tell that by themselves.
     fn count_chunk<T: Cost>(&self, (costs, alive): (&[T], Option<&[bool]>)) -> bool {
         let open = self.open;
-        if open.digits == 0 {
+        let finite = if open.digits == 0 {
             self.tables.with(costs.len(), |table| table.count_first(costs, alive));
-            return true;
-        }
-        if open.count <= FEW {
+            true
+        } else if open.count <= FEW {
             let mut found = Vec::new();
-            let finite = open.each_match(costs, alive, |key| found.push(key));
+            let finite = open.each_match(costs, alive, |key, hit, _| {
+                if hit {
+                    found.push(key);
+                }
+            });
             if !found.is_empty() {
-                let mut collected =
-                    self.collected.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut collected = self.lock_collected();
                 // A stream that changed between the passes must not fill the memory.
                 let room = (open.count as usize + 1).saturating_sub(collected.len());
                 found.truncate(room);
                 collected.append(&mut found);
             }
-            return finite;
-        }
-        self.tables.with(costs.len(), |table| {
+            finite
+        } else {
             let shift = 64 - DIGIT_BITS * (open.digits + 1);
-            let mut turn = 0;
-            open.each_match(costs, alive, |key| {
-                table.count((key >> shift) as u16, turn);
-                turn += 1;
+            self.tables.with(costs.len(), |table| {
+                open.each_match(costs, alive, |key, hit, place| {
+                    table.count((key >> shift) as u16, hit, place);
+                })
             })
-        })
+        };
+        finite || first_non_finite(costs, alive).is_none()
     }
 
     /// Ends the current pass; true when the threshold is known.
@@ -282,8 +268,8 @@ impl CostQuantile {
         self.result = Some(Threshold { cost, below, ties: self.rank - below, count });
     }
 
-    fn lock_collected(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
-        self.collected.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock_collected(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.collected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn drop_pass(&mut self) {
@@ -296,51 +282,19 @@ impl CostQuantile {
     }
 }
 
-impl Open {
-    /// Calls `found` with the key of every alive cost in question. False if some cost, alive or
-    /// not, is NaN or infinite.
-    #[inline]
-    fn each_match<T: Cost>(
-        &self,
-        costs: &[T],
-        alive: Option<&[bool]>,
-        mut found: impl FnMut(u64),
-    ) -> bool {
-        const BLOCK: usize = 16;
-        let shift = 64 - DIGIT_BITS * self.digits;
-        let (low, high) = (T::of_key(self.prefix << shift), T::of_key(!(!self.prefix << shift)));
-        let mut all_finite = true;
-        for (block, costs) in costs.chunks(BLOCK).enumerate() {
-            // A wide net first, in floating point, where the two zeros are one.
-            let (mut hits, mut finite) = (0_u32, true);
-            for &cost in costs {
-                hits += u32::from((cost >= low) & (cost <= high));
-                finite &= cost.finite();
-            }
-            all_finite &= finite;
-            if hits == 0 {
-                continue;
-            }
-            for (offset, cost) in costs.iter().enumerate() {
-                let key = cost.key();
-                let alive = alive.is_none_or(|alive| alive[block * BLOCK + offset]);
-                if (key >> shift == self.prefix) & alive {
-                    found(key);
-                }
-            }
-        }
-        all_finite
-    }
+/// The first alive cost that is NaN or infinite.
+fn first_non_finite<T: Cost>(costs: &[T], alive: Option<&[bool]>) -> Option<usize> {
+    let alive = |index: usize| alive.is_none_or(|alive| alive[index]);
+    costs.iter().enumerate().position(|(index, cost)| !cost.finite() && alive(index))
 }
 
 /// An error for the first alive cost that is NaN or infinite, if there is one.
 fn refuse_non_finite<T: Cost>(layer: usize, costs: &[T], alive: Option<&[bool]>) -> Result<()> {
-    let bad =
-        |&(index, cost): &(usize, &T)| !cost.finite() && alive.is_none_or(|alive| alive[index]);
-    match costs.iter().enumerate().find(bad) {
+    match first_non_finite(costs, alive) {
         None => Ok(()),
-        Some((index, cost)) => {
-            Err(CoreError::NonFinite { layer, kind: Kind::Element, index, value: cost.widen() })
+        Some(index) => {
+            let (kind, value) = (Kind::Element, costs[index].widen());
+            Err(CoreError::NonFinite { layer, kind, index, value })
         }
     }
 }

@@ -10,6 +10,9 @@ pub(super) const CHUNK: usize = if cfg!(test) { 64 } else { 1 << 17 };
 /// Elements after which a table's 32-bit counters are emptied into 64-bit ones.
 const FULL: u64 = if cfg!(test) { 1 << 10 } else { u32::MAX as u64 };
 
+/// Costs whose digits are computed before any is counted.
+const BLOCK: usize = 128;
+
 type Counters = [u32; DIGIT_VALUES];
 
 /// One thread's counters. Two lanes take turns: equal digits in a row would otherwise wait for
@@ -31,32 +34,42 @@ impl Table {
 
     /// Counts the first digit of every alive cost.
     pub(super) fn count_first<T: Cost>(&mut self, costs: &[T], alive: Option<&[bool]>) {
-        let [even, odd] = &mut self.lanes;
+        let (blocks, rest) = costs.as_chunks::<BLOCK>();
         let Some(alive) = alive else {
-            let (pairs, rest) = costs.as_chunks::<2>();
-            for &[a, b] in pairs {
-                even[usize::from(a.first_digit())] += 1;
-                odd[usize::from(b.first_digit())] += 1;
+            for costs in blocks {
+                self.count_block(costs, &[true; BLOCK]);
             }
             for cost in rest {
-                even[usize::from(cost.first_digit())] += 1;
+                self.count(cost.first_digit(), true, 0);
             }
             return;
         };
-        let ((pairs, rest), (alive_pairs, alive_rest)) = (costs.as_chunks(), alive.as_chunks());
-        for (&[a, b], &[alive_a, alive_b]) in pairs.iter().zip(alive_pairs) {
-            even[usize::from(a.first_digit())] += u32::from(alive_a);
-            odd[usize::from(b.first_digit())] += u32::from(alive_b);
+        let (alive_blocks, alive_rest) = alive.as_chunks::<BLOCK>();
+        for (costs, alive) in blocks.iter().zip(alive_blocks) {
+            self.count_block(costs, alive);
         }
         for (cost, &alive) in rest.iter().zip(alive_rest) {
-            even[usize::from(cost.first_digit())] += u32::from(alive);
+            self.count(cost.first_digit(), alive, 0);
         }
     }
 
-    /// Counts one digit; `turn` picks the lane.
+    /// The digits of a block are computed in vector registers, so all of them go to the memory
+    /// before the first one is read back.
     #[inline]
-    pub(super) fn count(&mut self, digit: u16, turn: usize) {
-        self.lanes[turn & 1][usize::from(digit)] += 1;
+    fn count_block<T: Cost>(&mut self, costs: &[T; BLOCK], alive: &[bool; BLOCK]) {
+        let digits = costs.map(T::first_digit);
+        let [even, odd] = &mut self.lanes;
+        let pairs = digits.as_chunks::<2>().0.iter().zip(alive.as_chunks::<2>().0);
+        for (&[a, b], &[alive_a, alive_b]) in pairs {
+            even[usize::from(a)] += u32::from(alive_a);
+            odd[usize::from(b)] += u32::from(alive_b);
+        }
+    }
+
+    /// Counts one digit if `hit`, without a branch; `place` picks the lane.
+    #[inline]
+    pub(super) fn count(&mut self, digit: u16, hit: bool, place: usize) {
+        self.lanes[place & 1][usize::from(digit)] += u32::from(hit);
     }
 
     fn drain_into(&mut self, totals: &mut [u64]) {
