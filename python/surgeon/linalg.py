@@ -22,7 +22,7 @@ LADDER_FLOOR = 1e-8
 
 # Column blocks of the triangular accumulation: half the arithmetic of a full product is saved as
 # blocks shrink, but small products are slow; below twice this width a moment is one product.
-MOMENT_BLOCK = 256
+MOMENT_BLOCK = 192
 
 
 def add_second_moment_(M_nn: Tensor, X_Nn: Tensor) -> None:
