@@ -38,7 +38,7 @@ HELD_OUT = 0.05  # the last part of train.txt
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    steps: int = 1400
+    steps: int
     tokens_per_step: int = 16 * WINDOW
     long_windows: float = 0.25  # share of the steps that train all positions instead of the first WINDOW
     learning_rate: float = 8e-3
@@ -76,9 +76,15 @@ def llama() -> PreTrainedModel:
 
 def opt() -> PreTrainedModel:
     config = transformers.OPTConfig(ffn_dim=768, word_embed_proj_dim=HIDDEN, dropout=0.0, **SHARED)
-    return transformers.OPTForCausalLM(config)
+    model = transformers.OPTForCausalLM(config)
+    # Attention by distance is there from the start: so little text would not teach it to a random table.
+    table = model.model.decoder.embed_positions.weight.data
+    angles = torch.arange(len(table))[:, None] * POSITIONS ** -torch.linspace(0, 1, HIDDEN // 2)
+    table.copy_(0.1 * torch.cat([angles.sin(), angles.cos()], dim=1))
+    return model
 
 
+STEPS = {"demo": 1400, "demo-opt": 900}
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {"demo": llama, "demo-opt": opt}
 
 
@@ -104,7 +110,6 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 
 
 def unigram_perplexity(train: Tensor, test: Tensor) -> float:
-    """Add-one counts of the training tokens, on every test token."""
     counts = torch.bincount(train, minlength=VOCABULARY).double() + 1
     return math.exp(-(counts / counts.sum()).log()[test].mean().item())
 
@@ -139,10 +144,13 @@ def add_dropout(model: nn.Module, probability: float) -> None:
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, norms and biases."""
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    embeddings = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" in n]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": embeddings, "weight_decay": decay}, {"params": vectors, "weight_decay": 0}]
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in named if "embed_tokens" in n], "weight_decay": decay},
+        {"params": [p for n, p in named if "embed_positions" in n], "weight_decay": 0, "rate": 0.05},
+        {"params": [p for _, p in named if p.ndim != 2], "weight_decay": 0},
+    ]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95)),
@@ -157,8 +165,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def draw(tokens: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    is_long = torch.rand((), generator=generator).item() < recipe.long_windows
-    length = POSITIONS if is_long else WINDOW
+    length = POSITIONS if torch.rand((), generator=generator).item() < recipe.long_windows else WINDOW
     starts = torch.randint(len(tokens) - length, (recipe.tokens_per_step // length,), generator=generator)
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
 
@@ -191,7 +198,7 @@ def fit(name: str, recipe: Recipe, train: Tensor, held_out: Tensor, state: Path)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = learning_rate(recipe, progress.step)
+                group["lr"] = learning_rate(recipe, progress.step) * group.get("rate", 1)
             stepper.step()
             stepper.zero_grad()
         progress.step += 1
@@ -203,9 +210,7 @@ def fit(name: str, recipe: Recipe, train: Tensor, held_out: Tensor, state: Path)
             best = {key: value.clone() for key, value in model.state_dict().items()}
         progress.seconds = time.monotonic() - began
         when = f"{name} step {progress.step} of {recipe.steps}, {progress.seconds:.0f} s"
-        print(
-            f"{when}: loss {loss.item():.3f}, held-out perplexity {math.exp(held_out_loss):.2f}", flush=True
-        )
+        print(f"{when}: loss {loss.item():.3f}, held-out perplexity {math.exp(held_out_loss):.2f}", flush=True)
         partial = state.with_suffix(".partial")
         saved = {
             "recipe": asdict(recipe),
@@ -246,34 +251,30 @@ def measure(folder: Path, text: str, train: Tensor, held_out: Tensor, test: Tens
 
 
 def processor() -> str:
-    """The processor's name where Linux tells it."""
     information = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", information.read_text()) if information.exists() else None
     return found[1] if found else platform.machine()
 
 
 def main() -> None:
-    verbatim = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=verbatim)
+    parser = argparse.ArgumentParser(description="Train the demo models.")
     parser.add_argument("--model", action="append", choices=BUILDERS, help="default: both")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path, default=ROOT / "python/surgeon/assets")
     parser.add_argument("--results", type=Path, default=ROOT / "benches/results/demo-models.json")
     parser.add_argument("--state", type=Path, default=ROOT / "target/train-demo", help="what resume needs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-
     corpus = ROOT / "python/surgeon/assets/wiki-mini"
     train_text, test_text = ((corpus / name).read_text("utf-8") for name in ("train.txt", "test.txt"))
     tokenizer = train_tokenizer(train_text)
     tokens, test = encode(tokenizer, train_text), encode(tokenizer, test_text)
     train, held_out = tokens.split([len(tokens) - int(HELD_OUT * len(tokens)), int(HELD_OUT * len(tokens))])
-
-    recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
-    arguments.state.mkdir(parents=True, exist_ok=True)
+    for folder in (arguments.state, arguments.results.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.model or BUILDERS:
+        recipe = Recipe(steps=arguments.steps or STEPS[name])
         model, progress = fit(name, recipe, train, held_out, arguments.state / f"{name}-{recipe.steps}.pt")
         folder = arguments.assets / name
         ship(model, tokenizer, folder)
@@ -290,7 +291,6 @@ def main() -> None:
             "date": datetime.now(UTC).date().isoformat(),
         }
         results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps({**results, name: entry}, indent=2, sort_keys=True) + "\n")
         print(name, json.dumps(entry, indent=2))
 
