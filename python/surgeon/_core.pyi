@@ -20,6 +20,23 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "CostQuantile",
+    "CrossSelection",
+    "Ledger",
+    "Threshold",
+    "UnitSelection",
+    "__version__",
+    "element_mask",
+    "element_threshold",
+    "linear_schedule",
+    "nm_mask",
+    "removal_target",
+    "select_rows_columns",
+    "select_units",
+    "version",
+]
+
 __version__: Final[str]
 
 def version() -> str:
