@@ -32,13 +32,13 @@ def test_methods_rank_as_they_must(name: str, tmp_path: Path) -> None:
     perplexity: dict[str, float] = {}
     for method in ("magnitude", "k-obd", "surgeon"):
         config = PruneConfig(
-            model=name, method=method, sparsity=0.2, shots=2, samples=24, sequence_length=128, test_samples=48
+            model=name, method=method, sparsity=0.4, shots=2, samples=24, sequence_length=128, test_samples=48
         )
         report = surgeon.prune(config, tmp_path / method).report
-        assert report["final"]["sparsity"] >= 0.2
+        assert report["final"]["sparsity"] >= 0.4
         perplexity[method] = report["final"]["perplexity"]
         perplexity["dense"] = report["dense"]["perplexity"]
     shown = json.dumps(perplexity)
-    assert perplexity["dense"] < 80, shown
+    assert perplexity["dense"] < 120, shown
     assert perplexity["dense"] < perplexity["surgeon"] < 0.95 * perplexity["k-obd"], shown
     assert perplexity["k-obd"] < 0.95 * perplexity["magnitude"], shown
