@@ -30,8 +30,8 @@ pub(super) fn vectors<'py, T: Element>(
     layers: Vec<Bound<'py, PyAny>>,
 ) -> PyResult<Vectors<'py, T>> {
     let read = |(layer, array): (usize, Bound<'py, PyAny>)| {
-        let found = describe(&array);
-        let array = array.cast_into::<PyArray1<T>>().map_err(|_| {
+        let array = array.cast_into::<PyArray1<T>>().map_err(|error| {
+            let found = describe(&error.into_inner());
             refuse(format!("layer {layer}: {what} must be a 1-D {dtype} array, not {found}"))
         })?;
         contiguous(array)

@@ -117,6 +117,8 @@ pub(super) struct Crossing {
 /// worst case.
 const SAMPLED_ROUNDS: u64 = 64;
 const SAMPLES: usize = 255;
+/// Open candidates that one thread splits alone.
+const SERIAL: usize = if cfg!(test) { 16 } else { 1 << 16 };
 
 /// Finds the key at which `removed`, a monotone function of the groups' weights, reaches `target`.
 ///
@@ -165,6 +167,10 @@ pub(super) fn crossing<T: Record>(
 }
 
 fn split_all<T: Record>(groups: &mut [Group<T>], bound: u64) -> Vec<Split> {
+    // A few candidates are split sooner than another thread wakes up.
+    if groups.iter().map(|group| group.open().len()).sum::<usize>() <= SERIAL {
+        return groups.iter_mut().map(|group| group.split(bound)).collect();
+    }
     groups.par_iter_mut().map(|group| group.split(bound)).collect()
 }
 
