@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -184,3 +186,13 @@ def test_no_layers_at_all() -> None:
     assert (found.removed, found.total, found.keep_rows, found.threshold) == (0, 0, [], -np.inf)
     with pytest.raises(TargetError):
         select(target=1)
+
+
+def test_without_the_package_errors_are_plain_value_errors() -> None:
+    code = (
+        "import sys; from surgeon import _core; sys.modules['surgeon.errors'] = None\n"
+        "try: _core.removal_target(1, 2.0)\n"
+        "except ValueError as error: assert type(error) is ValueError and 'sparsity' in str(error)\n"
+        "else: raise SystemExit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
