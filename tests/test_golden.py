@@ -66,13 +66,13 @@ def test_costs_without_update(layer: Layer) -> None:
 def test_row_update(layer: Layer) -> None:
     rows = (layer.raw["cost_obs_row"] <= layer.raw["row_threshold"]).nonzero().flatten()
     assert 0 < rows.numel() < layer.W.shape[0]
-    layer.close(layer.spread(update.remove_rows(layer.W, layer.chol_G.L_nn, rows)), "updated_rows_only")
+    layer.close(layer.spread(update.remove_rows(layer.W, layer.chol_G.L_nn, layer.A, rows).W_RC), "updated_rows_only")
 
 
 def test_column_update(layer: Layer) -> None:
     columns = (layer.raw["cost_obs_column"] <= layer.raw["column_threshold"]).nonzero().flatten()
     assert 0 < columns.numel() < layer.W.shape[1]
-    new = update.remove_columns(layer.W, layer.chol_A.L_nn, columns)
+    new = update.remove_columns(layer.W, layer.chol_A.L_nn, layer.G, columns).W_RC
     layer.close(layer.spread(new), "updated_columns_only")
 
 

@@ -62,3 +62,20 @@ def test_non_finite_factor_names_layer_and_row() -> None:
     with pytest.raises(NonFiniteError) as caught:
         linalg.damped_cholesky(M, 0.01, what="A", layer="some.layer")
     assert (caught.value.layer, caught.value.index) == ("some.layer", 2)
+
+
+def test_float64_where_conditioning_asks() -> None:
+    """The bound never promises float32 to a matrix whose condition number is beyond it."""
+    well = spd(40, torch.Generator().manual_seed(2)).float()
+    assert linalg.solve_dtype(well, 0.1) == torch.float32
+    assert linalg.solve_dtype(well, 1e-9) == torch.float64
+    assert linalg.solve_dtype(well, 0.0) == torch.float64
+    assert linalg.solve_dtype(well.double(), 0.1) == torch.float64
+    direction = torch.ones(400, 1)
+    ill = direction @ direction.T + 1e-3 * torch.eye(400)
+    assert linalg.solve_dtype(ill, 1e-3) == torch.float64
+    for M, relative in ((well, 0.1), (ill, 0.02)):
+        damping = relative * float(M.diagonal().mean())
+        values = torch.linalg.eigvalsh(M.double())
+        bound = float(M.abs().sum(0).max()) / damping
+        assert float((values[-1] + damping) / (values[0] + damping)) <= bound + 1

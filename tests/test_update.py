@@ -36,20 +36,24 @@ def test_rows_and_columns_reach_the_kkt_optimum(seed: int, rows: list[int], colu
     keep = torch.ones(6, 7, dtype=torch.bool)
     keep[rows] = False
     keep[:, columns] = False
-    new = update.remove_rows_columns(
-        case.W, case.LG, case.LA, torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
-    )
+    first = update.remove_rows(case.W, case.LG, case.Ad, torch.tensor(rows, dtype=torch.long))
+    second = update.remove_columns(first.W_RC, case.LA, case.Gd, torch.tensor(columns, dtype=torch.long))
+    new = second.W_RC
     expected = kkt_optimum(case.W, keep, case.Gd, case.Ad)
     torch.testing.assert_close(new, expected, rtol=1e-8, atol=1e-8)
     assert (new[~keep] == 0).all()
+    # In the damped metric the two set costs are together exactly what the model grows by.
+    increase = quadratic(expected - case.W, case.Gd, case.Ad)
+    assert float(first.cost + second.cost) == pytest.approx(increase, rel=1e-8, abs=1e-10)
 
 
 def test_adding_separate_updates_is_not_the_optimum() -> None:
     """What the two-sided form is for: the sum of both updates of the old W is worse."""
     case = Case(3)
     rows, columns = torch.tensor([1, 4]), torch.tensor([0, 2, 6])
-    joint = update.remove_rows_columns(case.W, case.LG, case.LA, rows, columns)
-    summed = update.remove_rows(case.W, case.LG, rows) + update.remove_columns(case.W, case.LA, columns) - case.W
+    by_rows = update.remove_rows(case.W, case.LG, case.Ad, rows).W_RC
+    joint = update.remove_columns(by_rows, case.LA, case.Gd, columns).W_RC
+    summed = by_rows + update.remove_columns(case.W, case.LA, case.Gd, columns).W_RC - case.W
     summed[rows] = 0
     summed[:, columns] = 0
     assert quadratic(joint - case.W, case.Gd, case.Ad) < 0.99 * quadratic(summed - case.W, case.Gd, case.Ad)

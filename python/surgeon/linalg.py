@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 LADDER: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
 LADDER_FLOOR = 1e-8
 
+# Below this condition number float32 factors serve: measured on SmolLM2-135M, the inverse's diagonal is
+# then right to 1e-4 and mostly to 1e-5; beyond it errors reach 5e-3.
+WELL_CONDITIONED = 5e4
+
 # Column blocks of the triangular accumulation: half the arithmetic of a full product is saved as
 # blocks shrink, but small products are slow; below twice this width a moment is one product.
 MOMENT_BLOCK = 192
@@ -116,15 +120,22 @@ def damped_cholesky(M_nn: Tensor, relative: float, *, what: str, layer: str | No
     )
 
 
-def inverse_diagonal(L_nn: Tensor) -> Tensor:
-    """``diag(M⁻¹)`` from the Cholesky factor of M, ``[n]``.
+def solve_dtype(M_nn: Tensor, relative: float) -> torch.dtype:
+    """The dtype to factor a damped matrix in: its own, or float64 where conditioning asks.
 
-    ``M⁻¹ = L⁻ᵀ L⁻¹``, so each entry is a column's squared norm of ``L⁻¹``: never ``L⁻¹`` on the
-    other side.
+    ``‖M‖₁ / (λ · mean diag)`` bounds the condition number of the damped matrix from above, at the
+    price of one look at it.
     """
-    eye = torch.eye(L_nn.shape[0], dtype=L_nn.dtype, device=L_nn.device)
-    inverse: Tensor = torch.linalg.solve_triangular(L_nn, eye, upper=False)
-    return inverse.square_().sum(dim=0)
+    if M_nn.dtype == torch.float64 or M_nn.numel() == 0:
+        return M_nn.dtype
+    damping = relative * float(M_nn.diagonal().mean())
+    bound = float(M_nn.abs().sum(0).max())
+    return M_nn.dtype if bound < WELL_CONDITIONED * damping else torch.float64
+
+
+def inverse_diagonal(L_nn: Tensor) -> Tensor:
+    """``diag(M⁻¹)`` from the lower Cholesky factor of M, ``[n]``."""
+    return torch.cholesky_inverse(L_nn).diagonal()
 
 
 def inverse_columns(L_nn: Tensor, index: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 All functions take the *alive* sub-matrices of one layer and return new tensors. The quadratic model
 is ``½ tr(G Δ A Δᵀ)`` with the damped factors.
+
+Rows k and columns l that stay together have the optimum ``W'_kl = G_kk⁻¹ G_k: W A_:l A_ll⁻¹``: the
+objective separates, so it is :func:`remove_rows` and then :func:`remove_columns` on the *updated*
+weights. Adding two updates that both start from the old W is not the optimum.
 """
 
 from __future__ import annotations
@@ -17,47 +21,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def remove_rows(W_RC: Tensor, G_cholesky_RR: Tensor, rows: Tensor) -> Tensor:
-    """Optimum with the rows at zero: ``W − G⁻¹[:,S] (G⁻¹[S,S])⁻¹ W[S,:]``; A cancels.
+@dataclass(frozen=True)
+class Removal:
+    """New weights, and what they are predicted to cost.
+
+    Attributes:
+        W_RC: new weights, exactly zero where removed.
+        cost: set cost, a scalar tensor; nats a token.
+    """
+
+    W_RC: Tensor
+    cost: Tensor
+
+
+def remove_rows(W_RC: Tensor, G_cholesky_RR: Tensor, A_CC: Tensor, rows: Tensor) -> Removal:
+    """Optimum with the rows S at zero: ``W − G⁻¹[:,S] (G⁻¹[S,S])⁻¹ W[S,:]``; A cancels.
+
+    The set cost is ``½ tr( (G⁻¹[S,S])⁻¹ W[S,:] A W[S,:]ᵀ )``.
 
     Args:
         W_RC: weights.
         G_cholesky_RR: lower Cholesky factor of the damped G.
+        A_CC: undamped, as in the costs of single rows.
         rows: indices S to remove.
     """
     if rows.numel() == 0:
-        return W_RC.clone()
-    if rows.numel() == W_RC.shape[0]:
-        return torch.zeros_like(W_RC)
-    dtype = G_cholesky_RR.dtype
-    columns = inverse_columns(G_cholesky_RR, rows)
-    chol = torch.linalg.cholesky(columns[rows])
-    z = torch.cholesky_solve(W_RC[rows].to(dtype), chol)
-    new = (W_RC.to(dtype) - columns @ z).to(W_RC.dtype)
-    new[rows] = 0.0
-    return new
+        return Removal(W_RC, W_RC.new_zeros(()))
+    inverse_RS = inverse_columns(G_cholesky_RR, rows)
+    W_SC = W_RC[rows].to(inverse_RS.dtype)
+    Z_SC = torch.cholesky_solve(W_SC, torch.linalg.cholesky(inverse_RS[rows]))
+    new = (W_RC - (inverse_RS @ Z_SC).to(W_RC.dtype)).index_fill_(0, rows, 0.0)
+    Z_SC = Z_SC.to(W_RC.dtype)
+    return Removal(new, 0.5 * ((Z_SC @ A_CC) * W_RC[rows]).sum())
 
 
-def remove_columns(W_RC: Tensor, A_cholesky_CC: Tensor, columns: Tensor) -> Tensor:
-    """Optimum with the columns at zero: ``W − W[:,S] (A⁻¹[S,S])⁻¹ A⁻¹[S,:]``; G cancels.
+def remove_columns(W_RC: Tensor, A_cholesky_CC: Tensor, G_RR: Tensor, columns: Tensor) -> Removal:
+    """Optimum with the columns S at zero: ``W − W[:,S] (A⁻¹[S,S])⁻¹ A⁻¹[S,:]``; G cancels.
 
-    Args:
-        W_RC: weights.
-        A_cholesky_CC: lower Cholesky factor of the damped A.
-        columns: indices S to remove.
+    The mirror image of :func:`remove_rows`, with set cost ``½ tr( (A⁻¹[S,S])⁻¹ (Wᵀ G W)[S,S] )``.
     """
-    return remove_rows(W_RC.T, A_cholesky_CC, columns).T.contiguous()
-
-
-def remove_rows_columns(
-    W_RC: Tensor, G_cholesky_RR: Tensor, A_cholesky_CC: Tensor, rows: Tensor, columns: Tensor
-) -> Tensor:
-    """Optimum with rows and columns at zero: ``W'_kl = G_kk⁻¹ G_k: W A_:l A_ll⁻¹``.
-
-    Rows first, then columns on the updated weights: the objective separates. Adding two updates
-    that both start from the old W is not the optimum.
-    """
-    return remove_columns(remove_rows(W_RC, G_cholesky_RR, rows), A_cholesky_CC, columns)
+    mirrored = remove_rows(W_RC.T, A_cholesky_CC, G_RR, columns)
+    return Removal(mirrored.W_RC.T.contiguous(), mirrored.cost)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def kfac(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     predicted = 0
     with MomentCollector(layers, dtype=accumulate) as collector:
+        collector.probe(model, windows.ids[:1, :2].to(device))
         for batch in windows.batches(batch_tokens):
             ids_BT = batch.ids.to(device)
             mask_BT = None if batch.mask is None else batch.mask.to(device)

@@ -68,8 +68,12 @@ def load_model(name: str, *, device: torch.device, precision: torch.dtype) -> Lo
     try:
         config = AutoConfig.from_pretrained(source)
         adapter_for(str(config.model_type))
+        # Straight into the run's precision where the checkpoint says its own: no second copy.
+        stated = getattr(config, "dtype", None)
         # Missing weights would be initialised at random and only warned about: ask for the list.
-        found: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=precision if isinstance(stated, torch.dtype) else "auto", output_loading_info=True
+        )
     except ModelError:
         raise
     except Exception as error:
@@ -83,7 +87,7 @@ def load_model(name: str, *, device: torch.device, precision: torch.dtype) -> Lo
                 f"the checkpoint {name!r} does not fit its configuration: "
                 f"{len(info[kind])} {kind.replace('_', ' ')} ({some})"
             )
-    storage_dtype = model.dtype
+    storage_dtype = stated if isinstance(stated, torch.dtype) else model.dtype
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the checkpoint {name!r} has non-finite weights in {key}")

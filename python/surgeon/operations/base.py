@@ -57,7 +57,7 @@ class Applied:
 
     Attributes:
         W_RC: new weights, zero where removed.
-        predicted_increase: ``½ tr(G Δ A Δᵀ)`` of the change, undamped, in nats a token.
+        predicted_increase: what the quadratic model says that the loss grows by, nats a token.
     """
 
     W_RC: Tensor

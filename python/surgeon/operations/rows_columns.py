@@ -9,7 +9,7 @@ import torch
 
 from surgeon import costs
 from surgeon.errors import ZeroCurvatureError
-from surgeon.linalg import Cholesky, damped_cholesky, inverse_diagonal
+from surgeon.linalg import Cholesky, damped_cholesky, inverse_diagonal, solve_dtype
 from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
 from surgeon.select import RowColumnCosts, RowColumnSelection, select_rows_columns
 from surgeon.update import remove_columns, remove_rows
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from surgeon.curvature import LayerFactors
     from surgeon.layers import PrunableLayer
     from surgeon.schedule import Ledger
-
-# Factors are inverted in float64: with condition numbers of 1e4 and more float32 leaves few digits.
-SOLVE_DTYPE = torch.float64
 
 
 @dataclass(frozen=True)
@@ -115,22 +112,20 @@ class RowsColumnsShot(ShotOperations):
         A, G = _sub(factors.A_CC, alive.columns), _sub(factors.G_RR, alive.rows)
         rows = (~keep_rows[alive.rows]).nonzero().flatten()
         columns = (~keep_columns[alive.columns]).nonzero().flatten()
-        W_new = W
         if self._updates:
             assert A is not None and G is not None, "updates need factors"  # noqa: PT018
+            increase = 0.0
             if rows.numel():
-                W_new = remove_rows(W_new, self._cholesky(index, G, "G", record=False).L_nn, rows)
+                removal = remove_rows(W, self._cholesky(index, G, "G", record=False).L_nn, A, rows)
+                W, increase = removal.W_RC, float(removal.cost)
             if columns.numel():
                 cholesky = self._A_solver(index, A, factors.a_key, alive.columns, record=False)[0]
-                W_new = remove_columns(W_new, cholesky.L_nn, columns)
+                removal = remove_columns(W, cholesky.L_nn, G, columns)
+                W, increase = removal.W_RC, increase + float(removal.cost)
         else:
-            W_new = W.clone()
-            W_new[rows] = 0.0
-            W_new[:, columns] = 0.0
-        increase = 0.0
-        if rows.numel() or columns.numel():
-            increase = float(costs.quadratic_increase(W_new - W, A, G))
-        new[alive.rows[:, None], alive.columns[None, :]] = W_new
+            W_old, W = W, W.index_fill(0, rows, 0.0).index_fill_(1, columns, 0.0)
+            increase = float(costs.quadratic_increase(W - W_old, A, G))
+        new[alive.rows[:, None], alive.columns[None, :]] = W
         return Applied(new, increase)
 
     def commit(self, ledger: Ledger) -> None:
@@ -153,7 +148,7 @@ class RowsColumnsShot(ShotOperations):
     def _cholesky(self, index: int, M_nn: Tensor, what: str, *, record: bool = True) -> Cholesky:
         asked = self._config.damping_a if what == "A" else self._config.damping_g
         name = self._layers[index].name
-        found = damped_cholesky(M_nn.to(SOLVE_DTYPE), asked, what=what, layer=name)
+        found = damped_cholesky(M_nn.to(solve_dtype(M_nn, asked)), asked, what=what, layer=name)
         if record and found.ladder_step:
             self._events.append(DampingEvent(name, what, asked, found.relative, found.ladder_step))
         return found
