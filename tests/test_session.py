@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from surgeon.config import PruneConfig
 from surgeon.curvature import kfac
 from surgeon.data import Windows
-from surgeon.errors import ZeroCurvatureError
 from surgeon.models import LoadedModel, match_layers
 from surgeon.session import Session
 from tests.conftest import VOCABULARY, tiny_llama, tiny_opt
@@ -130,15 +129,17 @@ def test_zero_sparsity_changes_nothing() -> None:
         assert torch.equal(layer.read(torch.float64), old)
 
 
-def test_a_layer_with_weights_but_no_curvature_is_an_error() -> None:
-    """A value projection whose output nobody reads: not silently pruned in the first shot."""
+def test_layers_that_nothing_reads_are_dead() -> None:
+    """Without an output projection the loss does not see q, k and v: they go, and the report shows it."""
     model = tiny_llama()
     matched = match_layers(model)
     o = next(layer for layer in matched.layers if (layer.block, layer.role) == (0, "o"))
     with torch.no_grad():
         o.module.weight.zero_()
-    with pytest.raises(ZeroCurvatureError, match=r"factor G of layer model\.layers\.0\.self_attn\.q_proj"):
-        session(model, shots=1, sparsity=0.1).run()
+    state = session(model, shots=1, sparsity=0.1).run()
+    for index, layer in enumerate(matched.layers):
+        gone = (layer.block, layer.role) in {(0, role) for role in "qkvo"}
+        assert (state.ledger.keep_rows(index).sum() == 0) == gone, layer.name
 
 
 def test_losses_and_prediction_are_recorded(tiny: PreTrainedModel) -> None:

@@ -8,13 +8,14 @@ result or is not there.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from typing import IO, TYPE_CHECKING, Any, Self
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,37 +28,60 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    import torch
+
     from surgeon.layers import PrunableLayer
     from surgeon.models import LoadedModel
 
 STATE_VERSION = 1
 
 
-def check_output(out: Path) -> None:
-    """Refuse an OUT that holds anything, before anything heavy runs.
+def partial_path(out: Path) -> Path:
+    """Where a run is until it is finished: beside OUT, so that one rename ends it."""
+    out = out.absolute()
+    return out.with_name(out.name + ".partial")
+
+
+def check_output(out: Path, *, resume: bool) -> None:
+    """Refuse an OUT that cannot become this run's, before anything heavy runs.
 
     Raises:
-        OutputError: it is a file or a folder that is not empty, or its parent cannot be written.
+        OutputError: it is a file or holds files, an unfinished run or something else is in
+            ``OUT.partial``, or the parent cannot be written.
+        ResumeError: there is nothing to resume.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} is not a folder: choose another -o")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} holds files already: nothing was changed; choose another -o or move them away")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"cannot write to {parent}")
+    partial = partial_path(out)
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise OutputError(f"{out} is not a folder: choose another -o")
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputError(f"{out} holds files already: nothing was changed; choose another -o or move them away")
+        parent = out.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OutputError(f"cannot write to {parent}")
+        unfinished = (partial / "state" / "run.json").exists()
+        # A run that was killed before it had begun leaves a lock at most.
+        blank = not partial.exists() or {p.name for p in partial.rglob("*")} <= {"state", "lock", "run.tmp"}
+    except OSError as error:
+        raise OutputError(f"{out} cannot be the output: {error.strerror}") from None
+    if resume and not unfinished:
+        raise ResumeError(f"there is no unfinished run to resume in {partial}")
+    if unfinished and not resume:
+        raise OutputError(
+            f"an unfinished run is in {partial}: add --resume to continue it, or delete that folder to start anew"
+        )
+    if not unfinished and not blank:
+        raise OutputError(f"{partial} is in the way and is no run: choose another -o or move it away")
 
 
 def model_fingerprint(loaded: LoadedModel) -> str:
-    """SHA-256 over names, shapes and a sample of the values of every parameter."""
+    """SHA-256 over names, shapes and values of every parameter."""
     state = hashlib.sha256()
     for name, parameter in loaded.model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float64).numpy()
         state.update(f"{name}{tuple(parameter.shape)}{loaded.storage_dtype}".encode())
-        state.update(sample.tobytes())
+        state.update(parameter.detach().cpu().contiguous().numpy().data)
     return state.hexdigest()
 
 
@@ -70,26 +94,22 @@ class RunFolder:
         resume: continue what is there, instead of refusing it.
 
     Raises:
-        OutputError: OUT holds files, an unfinished run is there and ``resume`` is not set, or another
-            process is at work on it.
+        OutputError: see :func:`check_output`; or another process is at work on it.
         ResumeError: there is nothing to resume, or it is another run's.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], *, resume: bool) -> None:
-        check_output(out)
+        check_output(out, resume=resume)
         self.out = out.absolute()
-        self.path = self.out.with_name(self.out.name + ".partial")
+        self.path = partial_path(out)
         self._state = self.path / "state"
         self._fingerprint = fingerprint
         self._lock: IO[str] | None = None
-        unfinished = (self._state / "run.json").exists()
-        if resume and not unfinished:
-            raise ResumeError(f"there is no unfinished run to resume in {self.path}")
-        if self.path.exists() and not resume:
-            raise OutputError(
-                f"an unfinished run is in {self.path}: add --resume to continue it, or delete that folder to start anew"
-            )
-        self._state.mkdir(parents=True, exist_ok=True)
+        self._finishing = False
+        try:
+            self._state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.path}: {error.strerror}") from None
         self._take_lock()
         try:
             if resume:
@@ -107,10 +127,10 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lock; a run without a finished shot leaves nothing behind."""
-        self.close()
-        if kind is not None and self.path.exists() and not list(self._state.glob("shot-*")):
+        """Release the lock; a run that fails without a finished shot leaves nothing behind."""
+        if kind is not None and not self._finishing and not any(self._state.glob("shot-*")):
             shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
 
     def close(self) -> None:
         """Release the lock."""
@@ -123,6 +143,7 @@ class RunFolder:
 
         The shot before is removed once this one is complete.
         """
+        begun = time.perf_counter()
         done = len(state.shots)
         target = self._state / f"shot-{done:04d}"
         scratch = self._state / f"tmp-{done:04d}"
@@ -136,6 +157,7 @@ class RunFolder:
         _sync(scratch / "weights.safetensors")
         (scratch / "ledger.bin").write_bytes(state.ledger.to_bytes())
         _sync(scratch / "ledger.bin")
+        state.shots[-1].seconds["save"] = time.perf_counter() - begun
         _write_json(
             scratch / "state.json",
             {
@@ -179,18 +201,20 @@ class RunFolder:
         return RunState(ledger, saved["dense_perplexity"], records)
 
     def finish(self) -> None:
-        """Drop the state and make the folder OUT."""
-        shutil.rmtree(self._state)
-        self.close()
+        """Make the folder OUT, then drop the state: at any moment one of the two is complete."""
+        self._finishing = True
         for path in self.path.iterdir():
             _sync(path)
+        _sync(self.path)
         try:
             self.path.rename(self.out)  # an empty OUT is replaced, one with files is not
         except OSError as error:
             raise OutputError(
-                f"cannot rename {self.path} to {self.out}: {error.strerror}; the result is complete there"
+                f"cannot rename {self.path} to {self.out}: {error.strerror}; the result is complete in the former"
             ) from None
         _sync(self.out.parent)
+        self.close()
+        shutil.rmtree(self.out / "state")
 
     def _take_lock(self) -> None:
         lock = (self._state / "lock").open("w")
@@ -216,10 +240,6 @@ class RunFolder:
 
 
 def _lock_file(file: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: runs are not kept apart there
-        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -151,9 +151,6 @@ def prune_command(
     values = {key.replace("-", "_"): value for key, value in values.items()}
     values.update({key: value for key, value in given.items() if value is not None})
     settings = PruneConfig.from_dict(values)
-    from surgeon.checkpoint import check_output
-
-    check_output(out)
     from surgeon.runner import prune
 
     with _observer() as observer:

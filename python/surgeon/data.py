@@ -201,13 +201,13 @@ def _read_text(source: str, split: str) -> str:
 
 def _read_jsonl(path: Path) -> str:
     texts: list[str] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except ValueError:  # not JSON, or not UTF-8
                 raise DataError(f"{path}, line {number}: not JSON") from None
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
@@ -261,7 +261,7 @@ def _read_hub(source: str, split: str) -> str:
         raise DataError(
             f"cannot load {source} from the data hub ({first[:200]}); a local .txt, .jsonl or .parquet works without it"
         ) from error
-    return "\n\n".join(texts)
+    return "\n\n".join(str(text) for text in texts if text is not None)
 
 
 def _must_exist(path: Path) -> None:

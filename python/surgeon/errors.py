@@ -35,6 +35,10 @@ class ModelError(UsageError):
     """The model is missing, corrupt or of a family that is not supported."""
 
 
+class NoTokenizerError(ModelError):
+    """A checkpoint folder without a tokenizer, which is fine where all data are tokens."""
+
+
 class OutputError(UsageError):
     """The output folder cannot be used: it holds files, is locked or is not writable."""
 

@@ -93,7 +93,7 @@ def evaluate_windows(
         means = losses.reshape(labels.shape).sum(1, dtype=torch.float64) / counts.clamp(min=1)
         if not torch.isfinite(means).all():
             window = batch.first + int((~torch.isfinite(means)).nonzero()[0])
-            raise NonFiniteError(f"the loss of test window {window} is not finite", index=window)
+            raise NonFiniteError(f"the loss of window {window} is not finite", index=window)
         total += float(means.sum())
         predicted += int(counts.sum())
         advance(ids_BT.shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,4 +53,9 @@ def write_checkpoint(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase | N
     loaded.model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    weights = list(folder.glob("*.safetensors"))
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in weights:  # some versions of safetensors write files that only their owner can read
+        path.chmod(0o666 & ~umask)
+    return sum(path.stat().st_size for path in weights)

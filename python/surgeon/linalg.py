@@ -73,12 +73,6 @@ class Cholesky:
     relative: float
     ladder_step: int
 
-    @property
-    def condition_estimate(self) -> float:
-        """A cheap lower bound of the damped matrix's condition number: (max/min diagonal of L)²."""
-        diagonal = self.L_nn.diagonal()
-        return float((diagonal.max() / diagonal.min()) ** 2) if diagonal.numel() else 1.0
-
 
 def damped_cholesky(M_nn: Tensor, relative: float, *, what: str, layer: str | None = None) -> Cholesky:
     """Cholesky factor of ``M + λ · mean(diag M) · I``, climbing the damping ladder if it must.

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgeon import data, report
 from surgeon.checkpoint import RunFolder, check_output, model_fingerprint
-from surgeon.errors import ConfigError, ModelError
+from surgeon.config import PruneConfig
+from surgeon.errors import ConfigError, NoTokenizerError
 from surgeon.evaluation import Evaluation, evaluate_windows
 from surgeon.export import round_to_storage, write_checkpoint
-from surgeon.models import load_model, load_tokenizer, match_layers
+from surgeon.models import load_model, load_tokenizer, match_layers, precision_dtype
 from surgeon.progress import EventLog, Observer, Observers
-from surgeon.session import PRECISIONS, Session
+from surgeon.session import Session
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
-    from surgeon.config import PruneConfig
     from surgeon.data import Windows
     from surgeon.models import LoadedModel
 
@@ -60,7 +59,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def prune(config: PruneConfig, out: Path, *, resume: bool = False, observer: Observer | None = None) -> PruneResult:
+def prune(
+    config: PruneConfig, out: Path | str, *, resume: bool = False, observer: Observer | None = None
+) -> PruneResult:
     """Prune a pretrained model and write the result.
 
     Args:
@@ -72,16 +73,17 @@ def prune(config: PruneConfig, out: Path, *, resume: bool = False, observer: Obs
     Raises:
         SurgeonError: any of its children; OUT is then not there, and what was done can be resumed.
     """
-    check_output(out)
+    out = Path(out)
+    check_output(out, resume=resume)
     told = observer or Observer()
     told.phase(0, "load", 1)
     device = choose_device(config.device)
-    loaded = load_model(config.model, device=device, precision=PRECISIONS[config.precision])
+    loaded = load_model(config.model, device=device, precision=precision_dtype(config.precision))
     matched = match_layers(loaded.model)
     tokenizer = _tokenizer(config.model, config.calibration, config.test_data)
     length = fit_length(loaded, config.sequence_length)
     config = dataclasses.replace(config, sequence_length=length)
-    calibration = calibration_set(config, loaded, tokenizer, length) if config.method_value.needs_curvature else None
+    calibration = calibration_set(config, loaded, tokenizer, length) if config.method_value.needs_data else None
     test = test_set(config.test_data, loaded, tokenizer, length, config.test_samples)
     fingerprint = {
         "settings": config.digest(),
@@ -155,6 +157,7 @@ def _finish(
             loaded.model, test, batch_tokens=session.config.batch_tokens, advance=told.advance
         ).perplexity
     told.phase(0, "export", 1)
+    total = sum(p.numel() for p in loaded.model.parameters())
     size = write_checkpoint(loaded, tokenizer, folder)
     told.advance(1)
     return {
@@ -162,7 +165,8 @@ def _finish(
         "sparsity": state.ledger.sparsity,
         "removed_parameters": state.ledger.removed,
         "prunable_parameters": state.ledger.total,
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "parameters": total,
+        "kept_parameters": total - state.ledger.removed,
         "bytes": size,
     }
 
@@ -184,10 +188,10 @@ def evaluate(
         SurgeonError: any of its children.
     """
     told = observer or Observer()
-    if precision not in PRECISIONS:
-        raise ConfigError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    # The same checks as for a run, and a line that names the same options.
+    PruneConfig(model=model, sequence_length=sequence_length, test_samples=samples, precision=precision)
     told.phase(0, "load", 1)
-    loaded = load_model(model, device=choose_device(device), precision=PRECISIONS[precision])
+    loaded = load_model(model, device=choose_device(device), precision=precision_dtype(precision))
     length = fit_length(loaded, sequence_length)
     windows = test_set(data_source, loaded, _tokenizer(model, data_source), length, samples)
     told.advance(1)
@@ -258,7 +262,7 @@ def _tokenizer(model: str, *sources: str) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None is fine where all data are tokens already."""
     try:
         return load_tokenizer(model)
-    except ModelError:
+    except NoTokenizerError:
         if all(source.endswith(".safetensors") for source in sources):
             return None
         raise

@@ -14,6 +14,7 @@ import torch
 
 from surgeon.curvature import CurvatureFactors, estimator_for
 from surgeon.evaluation import evaluate_windows
+from surgeon.models import precision_dtype
 from surgeon.operations import begin_shot
 from surgeon.progress import Observer
 from surgeon.schedule import Ledger, shot_targets
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
     from surgeon.layers import PrunableLayer
     from surgeon.models import LoadedModel, Matched
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-
 
 @dataclass
 class ShotRecord:
     """What one shot did; ``surgeon.json`` holds these fields.
 
     Losses are mean next-token losses over the calibration windows in nats; None where not measured.
+    ``peak_memory_bytes`` is the process' peak so far (of the device if it has its own memory).
     """
 
     shot: int
@@ -97,7 +97,7 @@ class Session:
         self._test = test
         self._observer = observer or Observer()
         self._folder = folder
-        self._dtype = PRECISIONS[config.precision]
+        self._dtype = precision_dtype(config.precision)
         self._shot = 0
         self.state = RunState(Ledger([layer.shape for layer in self.layers]))
         self.targets = shot_targets(
@@ -112,15 +112,16 @@ class Session:
         state = self.state
         if state.dense_perplexity is None and self._test is not None:
             state.dense_perplexity = self._perplexity("dense")
+        if state.dense_perplexity is not None:
             self._observer.dense(state.dense_perplexity)
         for shot in range(len(state.shots) + 1, len(self.targets) + 1):
             self._shot = shot
             record = self._run_shot(shot)
             state.shots.append(record)
             if self._folder is not None:
-                with self._timed(record, "save", 1):
-                    self._folder.save_shot(state, self.layers)
-                    self._observer.advance(1)
+                self._observer.phase(shot, "save", 1)
+                self._folder.save_shot(state, self.layers)
+                self._observer.advance(1)
             self._observer.shot_done(dataclasses.asdict(record))
         if state.shots and state.shots[-1].loss_after is None and self._calibration is not None:
             state.shots[-1].loss_after = self._calibration_loss()
@@ -150,28 +151,19 @@ class Session:
         record.sparsity = ledger.sparsity
         record.units = selected.units
         record.threshold = selected.threshold if selected.units else None
-        record.predicted_loss_increase = predicted if self.config.method_value.needs_curvature else None
+        record.predicted_loss_increase = predicted if self.config.method_value.needs_data else None
         record.damping_events = [dataclasses.asdict(event) for event in operations.damping_events]
-        record.peak_memory_bytes = peak_memory_bytes(self.model.device)
         if self._test is not None:
             with self._timed(record, "evaluate", len(self._test), announce=False):
                 record.perplexity = self._perplexity("evaluate")
+        record.peak_memory_bytes = peak_memory_bytes(self.model.device)
         return record
 
     def _curvature(self, record: ShotRecord) -> CurvatureFactors:
         method = self.config.method_value
-        if not method.needs_curvature:
-            return estimator_for("identity")(
-                self.model,
-                self.layers,
-                None,
-                batch_tokens=0,
-                accumulate=self._dtype,
-                advance=self._observer.advance,
-            )
-        assert self._calibration is not None, "this method needs calibration windows"
-        with self._timed(record, "curvature", len(self._calibration)):
-            factors = estimator_for("kfac")(
+        windows = 0 if self._calibration is None else len(self._calibration)
+        with self._timed(record, "curvature", windows):
+            factors = estimator_for(method.curvature)(
                 self.model,
                 self.layers,
                 self._calibration,

@@ -42,7 +42,12 @@ class Method(StrEnum):
     MAGNITUDE = "magnitude"
 
     @property
-    def needs_curvature(self) -> bool:
+    def curvature(self) -> str:
+        """Kind of curvature that the costs come from."""
+        return "identity" if self is Method.MAGNITUDE else "kfac"
+
+    @property
+    def needs_data(self) -> bool:
         """Whether the model has to be run over calibration windows."""
         return self is not Method.MAGNITUDE
 

@@ -79,8 +79,12 @@ def kfac(
         for index in range(len(layers)):
             A_CC, leader = collector.input_moment(index)
             factors.layers.append(LayerFactors(A_CC, collector.gradient_moment(index), f"{leader}:{A_CC.shape[0]}"))
-    if not any(f.G_RR is not None and bool(f.G_RR.diagonal().any()) for f in factors.layers):
-        raise ZeroCurvatureError("the output gradients of every layer are zero: nothing can be pruned by them")
+    for what, moments in (
+        ("inputs", [f.A_CC for f in factors.layers]),
+        ("output gradients", [f.G_RR for f in factors.layers]),
+    ):
+        if not any(moment is not None and bool(moment.diagonal().any()) for moment in moments):
+            raise ZeroCurvatureError(f"the {what} of every layer are zero: nothing can be pruned by them")
     return factors
 
 

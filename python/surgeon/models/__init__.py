@@ -2,7 +2,7 @@
 
 from surgeon.models.base import Adapter, Matched, adapter_for, match_layers, register, supported_model_types
 from surgeon.models.llama import LLAMA
-from surgeon.models.loading import LoadedModel, load_model, load_tokenizer
+from surgeon.models.loading import LoadedModel, load_model, load_tokenizer, precision_dtype
 from surgeon.models.opt import OPT
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "match_layers",
+    "precision_dtype",
     "register",
     "supported_model_types",
 ]

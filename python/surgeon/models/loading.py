@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.errors import ModelError
+from surgeon.errors import ModelError, NoTokenizerError
 from surgeon.models.base import adapter_for
 
 if TYPE_CHECKING:
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 # The names that mean a model inside the package.
 EMBEDDED = ("demo", "demo-opt")
+
+
+def precision_dtype(name: str) -> torch.dtype:
+    """The dtype of a :data:`surgeon.config.PRECISIONS` name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+# Keys that old checkpoints carry and that nothing reads: they are computed.
+_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
+
+# One of these has to be beside a local checkpoint for it to have a tokenizer. Without the check,
+# transformers makes up an empty one for some families.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -80,12 +95,12 @@ def load_model(name: str, *, device: torch.device, precision: torch.dtype) -> Lo
         raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     model: PreTrainedModel = found[0]
     info: dict[str, Any] = found[1]
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            some = ", ".join(sorted(str(key) for key in info[kind])[:3])
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(key for key in map(str, info.get(kind) or ()) if not key.endswith(_COMPUTED))
+        if keys:
             raise ModelError(
                 f"the checkpoint {name!r} does not fit its configuration: "
-                f"{len(info[kind])} {kind.replace('_', ' ')} ({some})"
+                f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})"
             )
     storage_dtype = stated if isinstance(stated, torch.dtype) else model.dtype
     for key, parameter in model.named_parameters():
@@ -101,14 +116,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        NoTokenizerError: a local folder holds none.
+        ModelError: it cannot be read.
     """
     from transformers import AutoTokenizer
 
+    source = resolve_model(name)
+    if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in _TOKENIZER_FILES):
+        raise NoTokenizerError(
+            f"{name} holds no tokenizer: put its tokenizer.json there, or give tokens as .safetensors"
+        )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(name))
-    except ModelError:
-        raise
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         raise ModelError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
     return tokenizer

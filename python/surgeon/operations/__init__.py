@@ -19,4 +19,5 @@ __all__ = ["Applied", "DampingEvent", "Selected", "ShotOperations", "begin_shot"
 
 def begin_shot(layers: Sequence[PrunableLayer], config: PruneConfig, ledger: Ledger) -> ShotOperations:
     """The operations object of a configuration's structure, for one shot."""
+    # All of today's structures are rows, columns or both; which of them may go is the selection's business.
     return RowsColumnsShot(layers, config, ledger)

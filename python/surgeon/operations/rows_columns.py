@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgeon import costs
-from surgeon.errors import ZeroCurvatureError
 from surgeon.linalg import Cholesky, damped_cholesky, inverse_diagonal, solve_dtype
 from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
 from surgeon.select import RowColumnCosts, RowColumnSelection, select_rows_columns
@@ -62,7 +61,6 @@ class RowsColumnsShot(ShotOperations):
         """Costs of a layer's rows and columns."""
         alive_rows = torch.from_numpy(self._ledger.keep_rows(index)).to(W_RC.device) & (W_RC != 0).any(1)
         alive_columns = torch.from_numpy(self._ledger.keep_columns(index)).to(W_RC.device) & (W_RC != 0).any(0)
-        self._check_curvature(index, factors, alive_rows, alive_columns)
         if factors.G_RR is not None:
             alive_rows &= factors.G_RR.diagonal() > 0
         if factors.A_CC is not None:
@@ -140,7 +138,9 @@ class RowsColumnsShot(ShotOperations):
         self, index: int, A_CC: Tensor, a_key: str, columns: Tensor, *, record: bool = True
     ) -> tuple[Cholesky, Tensor]:
         key = (a_key, columns.cpu().numpy().tobytes())
-        if self._last_A is None or self._last_A[0] != key:
+        if self._last_A is not None and self._last_A[0] == key:
+            self._record(index, "A", self._last_A[1], record=record)
+        else:
             cholesky = self._cholesky(index, A_CC, "A", record=record)
             self._last_A = (key, cholesky, inverse_diagonal(cholesky.L_nn) if record else A_CC.new_zeros(0))
         return self._last_A[1], self._last_A[2]
@@ -149,21 +149,13 @@ class RowsColumnsShot(ShotOperations):
         asked = self._config.damping_a if what == "A" else self._config.damping_g
         name = self._layers[index].name
         found = damped_cholesky(M_nn.to(solve_dtype(M_nn, asked)), asked, what=what, layer=name)
-        if record and found.ladder_step:
-            self._events.append(DampingEvent(name, what, asked, found.relative, found.ladder_step))
+        self._record(index, what, found, record=record)
         return found
 
-    def _check_curvature(self, index: int, factors: LayerFactors, alive_rows: Tensor, alive_columns: Tensor) -> None:
-        """A layer with weights but with all-zero curvature is only right after something was removed."""
-        if self._ledger.removed or not (alive_rows.any() and alive_columns.any()):
-            return
-        for what, moment in (("A", factors.A_CC), ("G", factors.G_RR)):
-            if moment is not None and not bool(moment.diagonal().any()):
-                name = self._layers[index].name
-                raise ZeroCurvatureError(
-                    f"curvature factor {what} of layer {name} is all zero though its weights are not",
-                    layer=name,
-                )
+    def _record(self, index: int, what: str, found: Cholesky, *, record: bool) -> None:
+        if record and found.ladder_step:
+            asked = self._config.damping_a if what == "A" else self._config.damping_g
+            self._events.append(DampingEvent(self._layers[index].name, what, asked, found.relative, found.ladder_step))
 
 
 def _sub(M_nn: Tensor | None, index: Tensor) -> Tensor | None:
