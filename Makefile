@@ -36,7 +36,7 @@ test-python: setup
 
 # Measured, with results in .benchmarks/; `make test` runs the same files once each as smoke tests.
 bench: setup
-	.venv/bin/pytest benches --benchmark-enable --benchmark-autosave
+	SURGEON_BENCH_SCALE=1 .venv/bin/pytest benches --benchmark-enable --benchmark-autosave
 
 bench-rust:
 	cargo bench --workspace

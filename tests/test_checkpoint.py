@@ -179,6 +179,72 @@ def test_an_empty_folder_may_be_the_output(checkpoint: Path, tmp_path: Path, tok
     assert (tmp_path / "out/config.json").exists()
 
 
+def test_a_finished_run_survives_a_failing_last_step(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    class Intruder(Observer):
+        def run_done(self, facts: dict[str, object]) -> None:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputError, match="complete in the former"):
+        surgeon.prune(settings(checkpoint, tokens_file), tmp_path / "out", observer=Intruder())
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial") is not None
+    # And the same command finishes it once the way is free.
+    (tmp_path / "out" / "notes.txt").unlink()
+    surgeon.prune(settings(checkpoint, tokens_file), tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "surgeon.json").exists()
+    assert not (tmp_path / "out" / "state").exists()
+
+
+def test_a_run_killed_before_it_began_is_no_obstacle(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    (tmp_path / "out.partial" / "state").mkdir(parents=True)
+    (tmp_path / "out.partial" / "state" / "lock").touch()
+    assert surgeon.prune(settings(checkpoint, tokens_file), tmp_path / "out")
+
+
+def test_a_folder_in_the_way_is_not_called_a_run(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").touch()
+    with pytest.raises(OutputError, match="is in the way and is no run"):
+        surgeon.prune(settings(checkpoint, tokens_file), tmp_path / "out")
+    assert (tmp_path / "out.partial" / "notes").exists()
+
+
+def test_a_pruned_checkpoint_can_be_pruned_again(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    surgeon.prune(settings(checkpoint, tokens_file, sparsity=0.9), tmp_path / "once")
+    again = surgeon.prune(settings(tmp_path / "once", tokens_file, sparsity=0.95), tmp_path / "twice").report
+    assert again["final"]["sparsity"] >= 0.95
+    assert again["shots"][0]["sparsity"] >= 0.9
+
+
+def test_others_can_read_the_weights(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    surgeon.prune(settings(checkpoint, tokens_file), str(tmp_path / "out"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["surgeon.json"], modes
+
+
+def test_the_report_has_the_contracts_fields(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    report = surgeon.prune(settings(checkpoint, tokens_file), tmp_path / "out").report
+    assert report["schema_version"] == 1
+    assert {"config", "environment", "protocol", "dense", "shots", "layers", "final"} <= report.keys()
+    assert set(report["dense"]) == {"perplexity"}
+    for shot in report["shots"]:
+        assert set(shot) == {
+            *("shot", "target_sparsity", "sparsity", "units", "threshold", "predicted_loss_increase", "loss_before"),
+            *("loss_after", "perplexity", "seconds", "peak_memory_bytes", "damping_events"),
+        }
+        assert set(shot["seconds"]) == {"curvature", "costs", "select", "update", "evaluate", "save"}
+        assert shot["loss_after"] is not None
+        assert shot["peak_memory_bytes"] > 1e7
+    for layer in report["layers"]:
+        assert set(layer) == {"name", "shape", "sparsity", "kept_rows", "kept_columns"}
+        assert layer["kept_rows"] <= layer["shape"][0]
+    final = report["final"]
+    assert final["kept_parameters"] == final["parameters"] - final["removed_parameters"]
+    assert final["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    assert report["protocol"]["test"]["windows"] == 62
+
+
 def test_events_tell_the_run(checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
     surgeon.prune(settings(checkpoint, tokens_file), tmp_path / "out")
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]

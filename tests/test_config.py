@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from surgeon.config import PruneConfig, load_toml
+from surgeon.config import PruneConfig, load_toml, parse_size
 from surgeon.errors import ConfigError
-from surgeon.schedule import parse_size, shot_targets
+from surgeon.schedule import shot_targets
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,10 @@ from surgeon.schedule import parse_size, shot_targets
         ({"precision": "int8"}, "unknown precision 'int8'"),
         ({"target-parameters": 0}, "target-parameters is 0"),
         ({"target-parameters": 5, "target-size": "1GB"}, "give one"),
+        ({"sparsity": 0.1, "target-size": "1GB"}, "sparsity and target-size say the same"),
+        ({"target-size": "big"}, "is no size"),
+        ({"shots": 2_000_000}, "at most 10000"),
+        ({"shots": 2.5}, "must be of type int"),
         ({"sparsty": 0.5}, "unknown setting 'sparsty'"),
     ],
 )
@@ -43,7 +47,7 @@ def test_bad_settings_say_what_is_wrong(values: dict[str, object], message: str)
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
-    config = PruneConfig(model='a "b"\\c', sparsity=0.25, target_size="12GiB", test_samples=3, damping_g=1e-5)
+    config = PruneConfig(model='a "b"\\c', sparsity=0.25, test_samples=3, damping_g=1e-5)
     path = tmp_path / "run.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
     assert PruneConfig.from_dict(load_toml(path)) == config
@@ -58,13 +62,20 @@ def test_bad_toml(tmp_path: Path) -> None:
         load_toml(tmp_path / "bad.toml")
 
 
+def test_one_budget_and_a_default() -> None:
+    assert PruneConfig().sparsity == 0.3
+    assert PruneConfig(target_size="1GB").sparsity is None
+    assert PruneConfig.from_dict({"target-parameters": 5e9}).target_parameters == 5_000_000_000
+
+
 def test_digest_covers_what_decides_the_result() -> None:
     base = PruneConfig()
     for field in dataclasses.fields(PruneConfig):
         changed = {"model": "x", "structure": "rows", "method": "k-obd", "calibration": "x", "test_data": "x"}
         changed |= {"device": "cpu", "precision": "float64", "target_size": "1GB"}  # type: ignore[dict-item]
         value = changed.get(field.name, 7 if "damping" not in field.name and field.name != "sparsity" else 0.5)
-        other = dataclasses.replace(base, **{field.name: value})
+        budget = {"sparsity": None} if field.name.startswith("target_") else {}
+        other = dataclasses.replace(base, **{**budget, field.name: value})
         same = field.name in {"device", "batch_tokens"}
         assert (other.digest() == base.digest()) is same, field.name
 

@@ -56,6 +56,7 @@ def test_tokens_from_safetensors_need_no_tokenizer(tmp_path: Path) -> None:
         ("a.txt", b" \n ", "is empty"),
         ("a.txt", b"\xff\xfe\x00bad", "UTF-8"),
         ("a.jsonl", b'{"text": "x"}\nnope\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not JSON"),
         ("a.jsonl", b'{"body": "x"}\n', "line 1: there is no string under 'text'"),
         ("a.jsonl", b"[1]\n", "line 1: there is no string"),
         ("a.parquet", b"PAR1 not really", "not a readable parquet"),
@@ -145,7 +146,7 @@ def test_hub_text_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None
 
     def load(repository: str, configuration: str | None, **options: object) -> dict[str, list[str]]:
         calls.append((repository, configuration, options["split"]))
-        return {"text": ["a", "", "b"]}
+        return {"text": ["a", "", "b", None]}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read("wikitext2", "test") == "a\n\n\n\nb"

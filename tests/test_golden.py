@@ -40,9 +40,10 @@ class Layer:
         return full
 
     def close(self, actual: Tensor, name: str) -> None:
-        # The files are float32: values next to zero are held to the scale of the largest.
+        """Costs to 1e-4 each; weights, which may lie next to zero, to the scale of the largest too."""
         expected = self.raw[name].double()
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+        slack = 2e-5 * float(expected.abs().max()) if name.startswith("updated") else 0.0
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=slack)
 
 
 @pytest.fixture(params=CASES)

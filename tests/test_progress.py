@@ -76,3 +76,19 @@ def test_time_left_counts_the_rest_of_the_shot_and_the_shots_after(monkeypatch: 
     now += 10.0
     clock.advance(1)
     assert clock.remaining() == 30.0 + 10.0 + 5.0 + 55.0
+    clock.phase(0, "final", 10)
+    now += 3.0
+    clock.advance(5)
+    assert clock.remaining() == 3.0  # of this phase: the shots are over
+
+
+def test_nothing_is_said_about_time_before_a_shot_has_shown_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    clock = progress._Clock()
+    clock.shots = 3
+    clock.phase(0, "load", 1)
+    now += 20.0
+    clock.advance(1)
+    clock.phase(1, "curvature", 4)
+    assert clock.remaining() is None

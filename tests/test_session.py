@@ -46,9 +46,11 @@ def test_every_method_meets_its_target_with_exact_zeros(tiny: PreTrainedModel, s
         assert not torch.signbit(W[W == 0]).any()
         n_r, n_c = int((~rows).sum()), int((~columns).sum())
         counted += n_r * layer.columns + n_c * layer.rows - n_r * n_c
-        # Only what dead partners took along may have gone of the other kind.
-        if structure == "rows" and method == "magnitude":
+        # Only what dead partners took along may have gone of the other kind: it was read as zero.
+        if method == "magnitude" and structure == "rows":
             assert columns.all() or not rows.any()
+        if method == "magnitude" and structure == "columns":
+            assert rows.all() or not columns.any()
     assert counted == state.ledger.removed
 
 
@@ -140,6 +142,18 @@ def test_layers_that_nothing_reads_are_dead() -> None:
     for index, layer in enumerate(matched.layers):
         gone = (layer.block, layer.role) in {(0, role) for role in "qkvo"}
         assert (state.ledger.keep_rows(index).sum() == 0) == gone, layer.name
+
+
+def test_climbs_of_the_damping_ladder_are_recorded() -> None:
+    """More inputs than tokens and no damping: A is singular, q, k and v share it, each is told of."""
+    model = tiny_llama()
+    run = session(model, shots=1, sparsity=0.1, damping_a=0.0, damping_g=0.1)
+    run._calibration = windows(1, 8)
+    events = run.run().shots[0].damping_events
+    told = {(event["layer"].rpartition(".")[2], event["factor"]) for event in events}
+    assert {("q_proj", "A"), ("k_proj", "A"), ("v_proj", "A")} <= told
+    assert all(event["asked"] == 0.0 and event["used"] > 0 and event["step"] >= 1 for event in events)
+    assert {event["factor"] for event in events} == {"A"}
 
 
 def test_losses_and_prediction_are_recorded(tiny: PreTrainedModel) -> None:

@@ -12,11 +12,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from surgeon.config import PruneConfig, load_toml
+from surgeon.config import BUDGETS, DEFAULT_SPARSITY, PruneConfig, load_toml
 from surgeon.errors import ConfigError, SurgeonError
 
 if TYPE_CHECKING:
@@ -73,12 +73,14 @@ def prune_command(
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Fraction of the blocks' linear parameters that go.", show_default=_default("sparsity")),
+        typer.Option(help="Fraction of the blocks' linear parameters that go.", show_default=str(DEFAULT_SPARSITY)),
     ] = None,
     target_parameters: Annotated[
         str | None, typer.Option(help="Instead: parameters the whole model may keep, e.g. 5e9.")
     ] = None,
-    target_size: Annotated[str | None, typer.Option(help="Instead: the same as bytes, e.g. 12GiB.")] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Instead: the same as bytes of the checkpoint's dtype.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="surgeon, k-obd or magnitude.", show_default=_default("method"))
     ] = None,
@@ -149,6 +151,8 @@ def prune_command(
     }
     values: dict[str, Any] = {} if config is None else load_toml(config)
     values = {key.replace("-", "_"): value for key, value in values.items()}
+    if any(given[name] is not None for name in BUDGETS):
+        values = {key: value for key, value in values.items() if key not in BUDGETS}
     values.update({key: value for key, value in given.items() if value is not None})
     settings = PruneConfig.from_dict(values)
     from surgeon.runner import prune
@@ -212,26 +216,46 @@ def evaluate_command(
         if not as_json:
             typer.echo(f"{_shown(result.perplexity):>10}  {model}")
     if as_json:
-        typer.echo(json.dumps({"results": results}, indent=2))
+        from surgeon.progress import finite
+
+        typer.echo(json.dumps(finite({"results": results}), indent=2, allow_nan=False))
     else:
         for line in dict.fromkeys(_protocol(row["test"]) for row in results):
             typer.echo(line)
+
+
+# Every error of the command line's own parsing; typer exports children of it only.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130
+_STOPPED = "stopped; if a shot was finished, --resume continues after it"
+_NO_MEMORY = "out of memory: lower --batch-tokens or --sequence-length; --resume continues after the last finished shot"
 
 
 def main() -> None:
     """Entry point of ``surgeon`` and ``python -m surgeon``."""
     _quiet_libraries()
     try:
-        app()
+        code = app(standalone_mode=False)
     except SurgeonError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; finished shots are kept: add --resume to continue", 1)
+    except _USAGE_ERROR as error:
+        _fail(f"{error.format_message().rstrip('.')} (see surgeon --help)", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(_STOPPED, 1)
+    except MemoryError:
+        _fail(_NO_MEMORY, 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch for it
+            raise
+        _fail(_NO_MEMORY, 1)
     except OSError as error:
         _fail(str(error), 1)
+    if code == _INTERRUPTED:
+        _fail(_STOPPED, 1)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     typer.echo(f"surgeon: error: {line}", err=True)
     sys.exit(code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from surgeon.structures import Method, Structure
 
 PRECISIONS = ("float32", "float64")
+BUDGETS = ("sparsity", "target_parameters", "target_size")
+DEFAULT_SPARSITY = 0.3
+MOST_SHOTS = 10_000
+
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*$", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +39,11 @@ class PruneConfig:
         model: checkpoint folder, hub id or ``demo``.
         structure: which units may go (:class:`~surgeon.structures.Structure`).
         sparsity: fraction of the decoder blocks' linear parameters (weights and biases) that go,
-            ``0 <= sparsity < 1``. The smallest set that reaches it is taken.
+            ``0 <= sparsity < 1``. The smallest set that reaches it is taken. 0.3 if neither this nor a
+            target is given; None if a target is.
         target_parameters: instead of ``sparsity``: how many parameters the whole model may keep.
-        target_size: instead of ``sparsity``: the same as bytes on disk, ``12GiB`` or ``500MB``.
+        target_size: instead of ``sparsity``: the same as bytes, ``12GiB`` or ``500MB``, of what remains
+            in the checkpoint's dtype.
         method: :class:`~surgeon.structures.Method`.
         shots: over how many rounds of curvature, selection and update the removal is spread.
         calibration: calibration text (see :mod:`surgeon.data`).
@@ -53,7 +62,7 @@ class PruneConfig:
 
     model: str = "demo"
     structure: str = "rows-columns"
-    sparsity: float = 0.3
+    sparsity: float | None = None
     target_parameters: int | None = None
     target_size: str | None = None
     method: str = "surgeon"
@@ -73,18 +82,21 @@ class PruneConfig:
     def __post_init__(self) -> None:
         parse_structure(self.structure)
         parse_method(self.method)
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        _need(len(given) < 2, f"{' and '.join(map(_option, given))} say the same in different ways: give one")
+        if not given:
+            object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)
         _need(
-            0.0 <= self.sparsity < 1.0,
+            self.sparsity is None or 0.0 <= self.sparsity < 1.0,
             f"sparsity is {self.sparsity}: it is removed / total, from 0 to below 1",
         )
         _need(
             self.target_parameters is None or self.target_parameters > 0,
             f"target-parameters is {self.target_parameters}: it must be positive",
         )
-        _need(
-            self.target_parameters is None or self.target_size is None,
-            "target-parameters and target-size are two ways to say the same: give one",
-        )
+        if self.target_size is not None:
+            parse_size(self.target_size)
+        _need(self.shots <= MOST_SHOTS, f"shots is {self.shots}: it must be at most {MOST_SHOTS}")
         for name, least in (
             ("shots", 1),
             ("samples", 1),
@@ -151,6 +163,20 @@ class PruneConfig:
         return cls(**clean)
 
 
+def parse_size(text: str) -> int:
+    """Bytes of ``12GiB`` (powers of 1024) or ``12GB`` (powers of 1000).
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is no size: write it like 12GiB or 500MB")
+    unit = match.group(2).lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match.group(1)) * base ** _POWERS[unit.rstrip("i")])
+
+
 def load_toml(path: Path) -> dict[str, Any]:
     """Read a configuration file's top-level keys.
 
@@ -179,6 +205,8 @@ def _coerce(key: str, type_name: str, value: Any) -> Any:
     base = type_name.removesuffix(" | None")
     if value is None and type_name.endswith("| None"):
         return None
+    if base == "int" and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 5e9 is a count too
     if not isinstance(value, kinds[base]) or isinstance(value, bool):
         raise ConfigError(f"{_option(key)} is {value!r}: it must be of type {base}")
     return float(value) if base == "float" else value

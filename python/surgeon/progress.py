@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.progress import Progress, TaskID
+
+
+def finite(value: Any) -> Any:
+    """The same plain values with None for numbers that JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return value
 
 
 class Observer:
@@ -86,7 +98,7 @@ class EventLog(Observer):
 
     def _write(self, event: str, **facts: Any) -> None:
         record = {"time": round(time.time(), 3), "event": event, **facts}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def run_started(self, *, shots: int, done: int, facts: dict[str, Any]) -> None:
@@ -131,16 +143,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-class _Clock:
-    """Seconds a step of each phase, and from them how long the rest of the run will take.
+# Phases of a shot, in order. All others (load, dense, loss, final, export) happen once a run.
+PHASES = ("curvature", "costs", "select", "update", "evaluate", "save")
 
-    What a phase of later shots takes is known once it ran once; until then it is left out, so the
-    first shot's estimate covers what has been seen so far.
+
+class _Clock:
+    """Seconds that the phases of a shot take, and from them how long the rest of the run will take.
+
+    A phase is known once it ran, or while it runs from what is done of it; phases not yet known are
+    left out, so the first shot's estimate covers what has been seen so far.
     """
 
     def __init__(self) -> None:
         self.shots = 0
-        self.shot = 0
+        self._shot = 0
         self._seconds: dict[str, float] = {}
         self._name = ""
         self._steps = 1
@@ -148,50 +164,28 @@ class _Clock:
         self._begun = 0.0
 
     def phase(self, shot: int, name: str, steps: int) -> None:
-        self.finish()
-        self.shot, self._name, self._steps, self._done, self._begun = (
-            shot,
-            name,
-            max(steps, 1),
-            0,
-            time.monotonic(),
-        )
+        self._shot, self._name, self._steps, self._done = shot, name, max(steps, 1), 0
+        self._begun = time.monotonic()
 
     def advance(self, steps: int) -> None:
         self._done += steps
-        if self._done >= self._steps:
-            self.finish()
-
-    def finish(self) -> None:
-        if self._name and self._done:
-            self._seconds[self._name] = (time.monotonic() - self._begun) / self._done * self._steps
-        self._name = ""
+        if self._done >= self._steps and self._name in PHASES:
+            self._seconds[self._name] = time.monotonic() - self._begun
 
     def remaining(self) -> float | None:
-        """Seconds left, or None while nothing is known."""
-        a_shot = sum(s for name, s in self._seconds.items() if name not in _ONCE)
-        left = 0.0
-        if self._name and self._done:
-            spent = time.monotonic() - self._begun
-            whole = spent / self._done * self._steps
-            left += whole - spent
-            if self._name not in _ONCE and self._name not in self._seconds:
-                a_shot += whole
-        elif self._name in self._seconds:
-            left += self._seconds[self._name]
-        later = [
-            n
-            for n in PHASES
-            if n in self._seconds and self._name in PHASES and PHASES.index(n) > PHASES.index(self._name)
-        ]
-        left += sum(self._seconds[n] for n in later)
-        left += a_shot * max(self.shots - max(self.shot, 1), 0)
-        return left if self._seconds or self._done else None
-
-
-# Phases of a shot in order, and those that happen once a run.
-PHASES = ("curvature", "costs", "select", "update", "evaluate", "save")
-_ONCE = ("load", "dense", "loss", "export", "final")
+        """Seconds left of the run (of the phase, for one that is not of a shot); None while not known."""
+        spent = time.monotonic() - self._begun
+        whole = spent / self._done * self._steps if self._done else self._seconds.get(self._name)
+        if self._name not in PHASES:
+            return None if whole is None else max(whole - spent, 0.0)
+        known = dict(self._seconds)
+        if whole is not None:
+            known.setdefault(self._name, whole)
+        if not known:
+            return None
+        left = 0.0 if whole is None or self._done >= self._steps else max(whole - spent, 0.0)
+        left += sum(known.get(name, 0.0) for name in PHASES[PHASES.index(self._name) + 1 :])
+        return left + sum(known.values()) * (self.shots - self._shot)
 
 
 class PlainProgress(Observer):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from surgeon.progress import finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,7 +107,7 @@ def build(
         "layers": layers,
         "final": final,
     }
-    cleaned = _finite(value)
+    cleaned = finite(value)
     assert isinstance(cleaned, dict)
     return cleaned
 
@@ -114,16 +115,6 @@ def build(
 def write(value: dict[str, Any], folder: Path) -> None:
     """Write ``surgeon.json`` into a folder."""
     (folder / "surgeon.json").write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _installed(name: str) -> bool:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from surgeon import _core
 from surgeon._core import Ledger
+from surgeon.config import parse_size
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
     from surgeon.config import PruneConfig
 
-__all__ = ["Ledger", "parse_size", "shot_targets"]
-
-_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*$", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+__all__ = ["Ledger", "shot_targets"]
 
 
 def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_parameter: int) -> list[int]:
@@ -43,19 +40,5 @@ def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_para
                 f"{budget:,} parameters are too few: {total - prunable:,} of the model's {total:,} cannot be pruned"
             )
     else:
-        target = _core.removal_target(prunable, config.sparsity)
+        target = _core.removal_target(prunable, config.sparsity or 0.0)
     return _core.linear_schedule(prunable, target, config.shots)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``12GiB`` (powers of 1024) or ``12GB`` (powers of 1000).
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    match = _SIZE.match(text)
-    if match is None:
-        raise ConfigError(f"{text!r} is no size: write it like 12GiB or 500MB")
-    unit = match.group(2).lower()
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(match.group(1)) * base ** _POWERS[unit.rstrip("i")])
