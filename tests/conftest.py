@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# As on the command line: no bars of the libraries. Read when they are imported.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
 from collections.abc import Callable
 from pathlib import Path
 
