@@ -139,7 +139,7 @@ def test_a_bad_checkpoint_is_one_line(
         (("--sparsity", "1.5"), "sparsity is 1.5"),
         (("--sparsity", "-0.1"), "sparsity is -0.1"),
         (("--sparsity", "nan"), "sparsity is nan"),
-        (("--sparsity", "half"), "half"),
+        (("--sparsity", "half"), "Invalid value for '--sparsity'"),
         (("--shots", "2000000"), "at most 10000"),
         (("--sparsity", "0.1", "--target-size", "1GB"), "say the same in different ways"),
         (("--structure", "everything"), "unknown structure 'everything': choose one of rows-columns, rows, columns"),
