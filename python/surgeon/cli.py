@@ -113,7 +113,7 @@ def prune_command(
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens a batch: speed and memory, not the result.", show_default=_default("batch_tokens")),
+        typer.Option(help="Tokens a batch: speed and memory.", show_default=_default("batch_tokens")),
     ] = None,
     damping_g: Annotated[
         float | None, typer.Option(help="Relative damping of G.", show_default=_default("damping_g"))
@@ -235,7 +235,7 @@ def main() -> None:
     """Entry point of ``surgeon`` and ``python -m surgeon``."""
     _quiet_libraries()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="surgeon", standalone_mode=False)
     except SurgeonError as error:
         _fail(str(error), error.exit_code)
     except _USAGE_ERROR as error:
