@@ -9,6 +9,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -68,6 +71,53 @@ def tiny_opt(seed: int = 0) -> OPTForCausalLM:
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {"llama": tiny_llama, "opt": tiny_opt}
+
+_SIZES: dict[str, object] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED: dict[str, object] = {**_SIZES, "num_key_value_heads": 2}
+_WIDE: dict[str, object] = {**_GROUPED, "head_dim": 6}  # heads times their width is not the hidden size
+_SOFT: dict[str, object] = {"query_pre_attn_scalar": 6, "final_logit_softcapping": 5.0, "sliding_window": 8}
+
+# Settings of a tiny model of each model type, as different from each other as the types allow.
+_SETTINGS: dict[str, dict[str, object]] = {
+    "mistral": {**_WIDE, "sliding_window": 8},
+    "qwen2": {**_GROUPED, "tie_word_embeddings": True},
+    "qwen3": _WIDE,
+    "gemma": _WIDE,
+    "gemma2": {**_WIDE, **_SOFT, "attn_logit_softcapping": 10.0},
+    "gemma3_text": {**_WIDE, **_SOFT, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi": _GROUPED,
+    "phi3": _GROUPED,
+    "gpt2": {**_SIZES, "n_inner": 24},
+    "gpt_neox": _SIZES,
+}
+
+
+def tiny_of(model_type: str, seed: int = 0, **settings: object) -> PreTrainedModel:
+    """A tiny random model of a model type, its biases random too."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**_SETTINGS[model_type], **settings})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    **TINY,
+    **{model_type: partial(tiny_of, model_type) for model_type in _SETTINGS},
+}
 
 
 @pytest.fixture(params=sorted(TINY))

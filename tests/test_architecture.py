@@ -21,8 +21,10 @@ LEVELS = [
     ["models"],
     ["evaluation"],
     ["curvature"],
-    ["costs", "update"],
+    ["costs"],
+    ["update"],
     ["select", "schedule"],
+    ["layerwise", "heal"],
     ["operations"],
     ["progress"],
     ["session"],
@@ -38,7 +40,8 @@ OPTIONS = {
     "prune": """
         model -o --out --structure --sparsity --target-parameters --target-size --method --shots --calibration
         --samples --sequence-length --test-data --test-samples --seed --device --precision --batch-tokens
-        --damping-g --damping-a --resume --config --json
+        --damping-g --damping-a --curvature --fisher --fisher-samples --kronecker-terms --update --chunk --rank-by
+        --heal --heal-epochs --correction-epochs --lora-rank --lora-learning-rate --resume --config --json
     """,
     "evaluate": "models --data --sequence-length --test-samples --device --precision --json",
 }

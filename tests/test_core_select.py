@@ -65,13 +65,17 @@ def unit_layers(draw: st.DrawFn) -> list[Any]:
     return layers
 
 
-@given(unit_layers(), st.integers(0, 110), st.booleans())
-def test_units_equal_one_removal_after_the_other(layers: list[Any], percent: int, per_parameter: bool) -> None:
+@given(unit_layers(), st.data(), st.integers(0, 110), st.booleans())
+def test_units_equal_one_removal_after_the_other(
+    layers: list[Any], data: st.DataObject, percent: int, per_parameter: bool
+) -> None:
     costs, sizes, alive = ([layer[part] for layer in layers] for part in range(3))
-    target = int(sum(int(size.sum()) for size in sizes)) * percent // 100
+    one_each = st.lists(st.just(0) | st.integers(1, 40), min_size=len(layers), max_size=len(layers))
+    bonus = data.draw(st.none() | one_each)
+    target = (sum(int(size.sum()) for size in sizes) + sum(bonus or [])) * percent // 100
     arguments = (costs, sizes, alive, target)
-    expected = oracle.attempt(oracle.units, *arguments, per_parameter=per_parameter)
-    found = oracle.attempt(_core.select_units, *arguments, per_parameter=per_parameter)
+    expected = oracle.attempt(oracle.units, *arguments, per_parameter=per_parameter, bonus=bonus)
+    found = oracle.attempt(_core.select_units, *arguments, per_parameter=per_parameter, bonus=bonus)
     if isinstance(found, oracle.Refused):
         assert found == expected
         return
@@ -121,6 +125,41 @@ def test_units_that_free_nothing_have_no_cost_per_parameter() -> None:
     sizes = [np.array([2**63, 2**63], np.uint64)]
     with pytest.raises(SelectionError, match="64 bits"):
         _core.select_units(costs, sizes, alive, 1)
+
+
+def test_a_key_value_head_goes_with_the_last_of_its_query_heads() -> None:
+    # Layers are groups of two query heads; the third group is gone from the start.
+    costs = [np.array([1.0, 4.0]), np.array([2.0, 3.0]), np.zeros(2), np.zeros(0)]
+    sizes = [np.full(2, 10, np.uint64)] * 3 + [np.zeros(0, np.uint64)]
+    alive = [np.ones(2, bool), np.ones(2, bool), np.zeros(2, bool), np.zeros(0, bool)]
+
+    def heads(target: int, bonus: Any = (5, 5, 5, 7)) -> tuple[int, int]:
+        found = _core.select_units(costs, sizes, alive, target, bonus=bonus)
+        return found.removed, found.units_removed
+
+    assert heads(0) == heads(32) == (32, 0)
+    assert heads(33) == (42, 1)
+    assert heads(43) == (52, 2)
+    assert heads(53) == heads(67) == (67, 3)
+    assert heads(68) == heads(82, np.array([5, 5, 5, 7], np.uint64)) == (82, 4)
+    with pytest.raises(TargetError) as caught:
+        heads(83)
+    assert (caught.value.requested, caught.value.available) == (83, 82)
+    assert heads(20, None) == (20, 0)
+
+
+def test_bonuses_that_make_no_sense_are_refused() -> None:
+    costs, sizes, alive = [np.ones(2)], [np.array([1, 0], np.uint64)], [np.ones(2, bool)]
+    assert _core.select_units(costs, sizes, alive, 1, bonus=[0]).removed == 1
+    with pytest.raises(SelectionError, match="unit 1 of layer 0 frees no parameter, so the layer can have no bonus"):
+        _core.select_units(costs, sizes, alive, 1, bonus=[1])
+    with pytest.raises(SelectionError, match="bonus has 2 layers, expected 1"):
+        _core.select_units(costs, sizes, alive, 1, bonus=[0, 0])
+    for bonus in (-1, 2**64):
+        with pytest.raises(SelectionError, match="bonus must be a whole number"):
+            _core.select_units(costs, sizes, alive, 1, bonus=[bonus])
+    with pytest.raises(SelectionError, match="64 bits"):
+        _core.select_units(costs, [np.ones(2, np.uint64)], alive, 1, bonus=[2**64 - 1])
 
 
 def test_strides_do_not_matter() -> None:

@@ -82,5 +82,5 @@ def test_element_update(layer: Layer) -> None:
     assert 0 < int((~keep).sum()) < keep.numel()
     G = layer.chol_G.L_nn @ layer.chol_G.L_nn.T
     A = layer.chol_A.L_nn @ layer.chol_A.L_nn.T
-    new = update.remove_elements(layer.W, keep, G, A, steps=2000, tolerance=0.0).W_RC
+    new = update.remove_elements(layer.W, keep, [(G, A)], steps=2000, tolerance=0.0).W_RC
     layer.close(layer.spread(new), "updated_elements")

@@ -117,7 +117,7 @@ def test_elements_reach_the_kkt_optimum(seed: int, fraction: float) -> None:
     case = Case(seed)
     g = torch.Generator().manual_seed(seed + 1)
     keep = torch.rand(6, 7, generator=g) >= fraction
-    result = update.remove_elements(case.W, keep, case.Gd, case.Ad, steps=500, tolerance=0.0)
+    result = update.remove_elements(case.W, keep, [(case.Gd, case.Ad)], steps=500, tolerance=0.0)
     torch.testing.assert_close(result.W_RC, kkt_optimum(case.W, keep, case.Gd, case.Ad), rtol=1e-8, atol=1e-8)
     assert (result.W_RC[~keep] == 0).all()
     increase = quadratic(result.W_RC - case.W, case.Gd, case.Ad)
@@ -125,3 +125,71 @@ def test_elements_reach_the_kkt_optimum(seed: int, fraction: float) -> None:
     assert all(
         later <= earlier * (1 + 1e-9) for earlier, later in zip(result.increases, result.increases[1:], strict=False)
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.1, 0.9))
+def test_elements_under_a_sum_of_kronecker_products(seed: int, fraction: float) -> None:
+    """Two terms: the optimum of the dense quadratic model, by a solve on the kept weights alone."""
+    case, other = Case(seed), Case(seed + 1)
+    g = torch.Generator().manual_seed(seed + 2)
+    keep = torch.rand(6, 7, generator=g) >= fraction
+    found = update.remove_elements(
+        case.W, keep, [(case.Gd, case.Ad), (other.G, other.A)], steps=500, tolerance=0.0
+    ).W_RC
+    F = torch.kron(case.Gd, case.Ad) + torch.kron(other.G, other.A)
+    kept = keep.flatten().nonzero().flatten()
+    expected = torch.zeros(42, dtype=torch.float64)
+    if kept.numel():
+        expected[kept] = torch.linalg.solve(F[kept[:, None], kept], (F @ case.W.flatten())[kept])
+    torch.testing.assert_close(found, expected.reshape(6, 7), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", ["G", "A"])
+def test_elements_with_one_identity_factor(factor: str) -> None:
+    """Activations only is G = I, and the other way round."""
+    case = Case(4)
+    keep = torch.rand(6, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+    G = torch.eye(6, dtype=torch.float64) if factor == "G" else case.Gd
+    A = torch.eye(7, dtype=torch.float64) if factor == "A" else case.Ad
+    terms = [(None, case.Ad) if factor == "G" else (case.Gd, None)]
+    found = update.remove_elements(case.W, keep, terms, steps=500, tolerance=0.0)
+    expected = kkt_optimum(case.W, keep, G, A)
+    torch.testing.assert_close(found.W_RC, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_chunked_is_exact_in_one_chunk_and_worse_in_many() -> None:
+    case = Case(7)
+    keep = torch.rand(6, 7, generator=torch.Generator().manual_seed(1)) > 0.5
+    whole = update.remove_elements_chunked(case.W, keep, case.LG, case.LA, chunk=42)
+    optimum = kkt_optimum(case.W, keep, case.Gd, case.Ad)
+    torch.testing.assert_close(whole, optimum, rtol=1e-8, atol=1e-8)
+    parts = update.remove_elements_chunked(case.W, keep, case.LG, case.LA, chunk=4)
+    assert (parts[~keep] == 0).all()
+    losses = [quadratic(new - case.W, case.Gd, case.Ad) for new in (parts, optimum)]
+    assert losses[0] > 1.05 * losses[1]
+    # Chunks of one weight: each removed alone, the changes added up.
+    alone = case.W.clone()
+    for r, c in (~keep).nonzero():
+        single = torch.ones_like(keep)
+        single[r, c] = False
+        alone += kkt_optimum(case.W, single, case.Gd, case.Ad) - case.W
+    ones = update.remove_elements_chunked(case.W, keep, case.LG, case.LA, chunk=1)
+    torch.testing.assert_close(ones, alone * keep, rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), columns=subset(7))
+def test_set_costs_are_the_loss_increase_of_the_optimum(seed: int, columns: list[int]) -> None:
+    case = Case(seed)
+    sets = [torch.tensor(columns, dtype=torch.long), torch.tensor([0, 1]), torch.tensor([], dtype=torch.long)]
+    inverse = torch.cholesky_inverse(case.LA)
+    found = costs.column_set_costs_obs(case.W, case.Gd, inverse, sets)
+    plain = costs.column_set_costs_obd(case.W, case.Ad, case.Gd, sets)
+    for number, chosen in enumerate(sets):
+        keep = torch.ones(6, 7, dtype=torch.bool)
+        keep[:, chosen] = False
+        change = kkt_optimum(case.W, keep, case.Gd, case.Ad) - case.W
+        assert float(found[number]) == pytest.approx(quadratic(change, case.Gd, case.Ad), rel=1e-8, abs=1e-10)
+        zeroed = case.W * keep - case.W
+        assert float(plain[number]) == pytest.approx(quadratic(zeroed, case.Gd, case.Ad), rel=1e-8, abs=1e-10)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 __all__ = [
     "CostQuantile",
     "CrossSelection",
+    "ElementLedger",
     "Ledger",
     "Threshold",
     "UnitSelection",
@@ -108,7 +109,7 @@ class UnitSelection:
 
     Attributes:
         keep: for each layer bool ``[U]``, False for units that are dead or go now.
-        removed: parameters removed, dead units included.
+        removed: parameters removed, dead units and bonuses included.
         threshold: the largest score that went (cost, or cost per parameter); ``-inf`` if nothing
             went.
         units_removed: units that go now, dead ones not counted.
@@ -130,6 +131,7 @@ def select_units(
     target: int,
     *,
     per_parameter: bool = False,
+    bonus: Sequence[int] | None = None,
 ) -> UnitSelection:
     """Remove the cheapest units of all layers until `target` parameters are gone.
 
@@ -141,12 +143,17 @@ def select_units(
         alive: for each layer bool ``[U]``; a dead unit counts as removed with its size.
         target: parameters to be removed in total.
         per_parameter: rank by cost divided by size (in float64) instead of cost.
+        bonus: for each layer the parameters that are freed in addition when no unit of it is left,
+            as a key/value head goes with the last of its query heads. They count towards the
+            target, but not in the ranking; a layer without alive units has lost them already.
+            None: no layer has any.
 
     Raises:
         NonFiniteCostError: a candidate's cost is NaN or infinite (kind ``"unit"``).
         TargetError: `target` exceeds what can go.
         SelectionError: lists or arrays that do not fit each other, or of another dtype; an alive
-            unit of size 0 with `per_parameter`; sizes that together do not fit 64 bits.
+            unit of size 0 with `per_parameter` or in a layer with a bonus; sizes and bonuses that
+            together do not fit 64 bits.
     """
 
 # --- Single elements ------------------------------------------------------------------------------
@@ -368,7 +375,81 @@ class Ledger:
         """Read what `to_bytes` wrote.
 
         Raises:
-            SelectionError: the bytes are damaged, cut, or no ledger at all.
+            SelectionError: the bytes are damaged, cut, of an `ElementLedger`, or no ledger at all.
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class ElementLedger:
+    """Books of the single weights that are gone, over all shots.
+
+    The masks stand in the weights themselves, so only counts are kept. A shot books every layer
+    once, in any order, and is closed by `commit`; which elements they are is not remembered, only
+    that a layer never has fewer removed than before. Equality and bytes are those of the closed
+    shots: what is staged for the shot in progress does not show.
+
+    Args:
+        sizes: number of parameters of each layer.
+    """
+
+    def __new__(cls, sizes: Sequence[int]) -> ElementLedger: ...
+    def book(self, layer: int, keep: NDArray[np.bool_]) -> None:
+        """Stage one layer for the shot in progress.
+
+        Args:
+            layer: the layer's number.
+            keep: what stands after the shot, bool of any shape with as many elements as the layer
+                has parameters. Copied if not contiguous; not kept.
+
+        Raises:
+            SelectionError: a mask that does not fit, or the shot has booked the layer already.
+                What is staged stays then.
+        """
+
+    def commit(self) -> int:
+        """Close the shot in progress.
+
+        Returns:
+            The parameters that the shot newly removed.
+
+        Raises:
+            SelectionError: a layer was not booked, or has fewer removed than after an earlier
+                shot. Nothing is booked then, and what was staged is dropped.
+        """
+
+    @property
+    def removed(self) -> int:
+        """Parameters removed so far."""
+
+    @property
+    def total(self) -> int:
+        """Parameters of all layers, removed ones included."""
+
+    @property
+    def sparsity(self) -> float:
+        """Removed part of the total."""
+
+    @property
+    def shots(self) -> int:
+        """Number of shots closed."""
+
+    @property
+    def history(self) -> list[int]:
+        """Parameters removed in total after each shot."""
+
+    def layer_removed(self, layer: int) -> int:
+        """Parameters removed from one layer."""
+
+    def to_bytes(self) -> bytes:
+        """The closed shots as versioned, checksummed bytes."""
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ElementLedger:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            SelectionError: the bytes are damaged, cut, of a `Ledger`, or no ledger at all.
         """
 
     def __eq__(self, other: object, /) -> bool: ...

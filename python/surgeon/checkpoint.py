@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from surgeon.errors import OutputError, ResumeError, SurgeonError
-from surgeon.schedule import Ledger
+from surgeon.schedule import read_books
 from surgeon.session import RunState, ShotRecord
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from surgeon.layers import PrunableLayer
     from surgeon.models import LoadedModel
+    from surgeon.structures import Structure
 
 STATE_VERSION = 1
 
@@ -172,7 +173,7 @@ class RunFolder:
             if old != target:
                 shutil.rmtree(old)
 
-    def restore(self, layers: Sequence[PrunableLayer]) -> RunState | None:
+    def restore(self, layers: Sequence[PrunableLayer], structure: Structure) -> RunState | None:
         """Put the last finished shot back into the model; None if no shot was finished.
 
         Raises:
@@ -187,7 +188,7 @@ class RunFolder:
             if saved["weights_sha256"] != _digest(folder / "weights.safetensors"):
                 raise ResumeError(f"{folder / 'weights.safetensors'} is damaged: its checksum does not fit")
             tensors = load_file(folder / "weights.safetensors")
-            ledger = Ledger.from_bytes((folder / "ledger.bin").read_bytes())
+            ledger = read_books((folder / "ledger.bin").read_bytes(), structure)
             for layer in layers:
                 for name, parameter in layer.module.named_parameters(recurse=False):
                     parameter.data.copy_(tensors[f"{layer.name}.{name}"])

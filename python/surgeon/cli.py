@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from surgeon.config import BUDGETS, DEFAULT_SPARSITY, PruneConfig, load_toml
+from surgeon.config import BUDGETS, DEFAULT_SHOTS, DEFAULT_SPARSITY, PruneConfig, load_toml
 from surgeon.errors import ConfigError, SurgeonError
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ _DATA = "wiki-mini, wikitext2, c4, hub:NAME[:CONFIG][:COLUMN] or a .txt, .jsonl,
 def _default(name: str) -> str:
     field = next(f for f in dataclasses.fields(PruneConfig) if f.name == name)
     return str(field.default)
+
+
+# Options of `prune` that are settings of the run, by their Python names.
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(PruneConfig))
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001
@@ -69,11 +73,18 @@ def prune_command(
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pruned checkpoint; new or empty.")],
     structure: Annotated[
-        str | None, typer.Option(help="rows-columns, rows or columns.", show_default=_default("structure"))
+        str | None,
+        typer.Option(
+            help="rows-columns, rows, columns, neurons, heads, neurons,heads, weights or N:M such as 2:4.",
+            show_default=_default("structure"),
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Fraction of the blocks' linear parameters that go.", show_default=str(DEFAULT_SPARSITY)),
+        typer.Option(
+            help="Fraction of the blocks' linear parameters that go.",
+            show_default=f"{DEFAULT_SPARSITY}; all groups for N:M",
+        ),
     ] = None,
     target_parameters: Annotated[
         str | None, typer.Option(help="Instead: parameters the whole model may keep, e.g. 5e9.")
@@ -82,10 +93,37 @@ def prune_command(
         str | None, typer.Option(help="Instead: the same as bytes of the checkpoint's dtype.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="surgeon, k-obd or magnitude.", show_default=_default("method"))
+        str | None,
+        typer.Option(help="surgeon, k-obd, l-obd, magnitude, sparsegpt or wanda.", show_default=_default("method")),
+    ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(help="kfac, kron (nearest Kronecker) or activations.", show_default="the method's")
+    ] = None,
+    fisher: Annotated[
+        str | None,
+        typer.Option(help="empirical, or mc: next tokens drawn from the model.", show_default=_default("fisher")),
+    ] = None,
+    fisher_samples: Annotated[
+        int | None, typer.Option(help="Draws a token for mc.", show_default=_default("fisher_samples"))
+    ] = None,
+    kronecker_terms: Annotated[
+        int | None, typer.Option(help="Products that kron adds up.", show_default=_default("kronecker_terms"))
+    ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Of what stays: joint, chunked or none.", show_default="the method's")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Weights of one solve of chunked.", show_default=_default("chunk"))
+    ] = None,
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            help="cost or cost-per-parameter.", show_default="per parameter for neurons and heads, else by cost"
+        ),
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(help="Rounds of curvature and removal.", show_default=_default("shots"))
+        int | None,
+        typer.Option(help="Rounds of curvature and removal.", show_default=f"{DEFAULT_SHOTS}; 1 for sparsegpt, wanda"),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -121,6 +159,23 @@ def prune_command(
     damping_a: Annotated[
         float | None, typer.Option(help="Relative damping of A.", show_default=_default("damping_a"))
     ] = None,
+    heal: Annotated[
+        bool | None,
+        typer.Option("--heal", help="Fit and merge low-rank adapters after the last shot.", show_default="no"),
+    ] = None,
+    heal_epochs: Annotated[
+        float | None, typer.Option(help="Passes of that fit.", show_default=_default("heal_epochs"))
+    ] = None,
+    correction_epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes of such a fit after every other shot.", show_default=_default("correction_epochs")),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapters.", show_default=_default("lora_rank"))
+    ] = None,
+    lora_learning_rate: Annotated[
+        float | None, typer.Option(help="Of their Adam.", show_default=_default("lora_learning_rate"))
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this OUT.")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with these settings; options win.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print surgeon.json to stdout.")] = False,
@@ -129,26 +184,8 @@ def prune_command(
 
     Example: surgeon prune models/smollm2-135m -o pruned --sparsity 0.3 --shots 5
     """
-    given = {
-        "model": model,
-        "structure": structure,
-        "sparsity": sparsity,
-        "target_parameters": None if target_parameters is None else _count(target_parameters),
-        "target_size": target_size,
-        "method": method,
-        "shots": shots,
-        "calibration": calibration,
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "test_data": test_data,
-        "test_samples": test_samples,
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "batch_tokens": batch_tokens,
-        "damping_g": damping_g,
-        "damping_a": damping_a,
-    }
+    given: dict[str, Any] = {key: value for key, value in locals().items() if key in _SETTINGS}
+    given["target_parameters"] = None if target_parameters is None else _count(target_parameters)
     values: dict[str, Any] = {} if config is None else load_toml(config)
     values = {key.replace("-", "_"): value for key, value in values.items()}
     if any(given[name] is not None for name in BUDGETS):

@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError
-from surgeon.structures import parse_method, parse_structure
+from surgeon.structures import Update, check_together, parse_curvature, parse_method, parse_structure, parse_update
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from surgeon.structures import Method, Structure
+    from surgeon.structures import Curvature, Method, Structure
 
+RANKS = ("cost", "cost-per-parameter")
+FISHERS = ("empirical", "mc")
 PRECISIONS = ("float32", "float64")
 BUDGETS = ("sparsity", "target_parameters", "target_size")
 DEFAULT_SPARSITY = 0.3
+DEFAULT_SHOTS = 8
 MOST_SHOTS = 10_000
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*$", re.IGNORECASE)
@@ -39,13 +42,22 @@ class PruneConfig:
         model: checkpoint folder, hub id or ``demo``.
         structure: which units may go (:class:`~surgeon.structures.Structure`).
         sparsity: fraction of the decoder blocks' linear parameters (weights and biases) that go,
-            ``0 <= sparsity < 1``. The smallest set that reaches it is taken. 0.3 if neither this nor a
-            target is given; None if a target is.
+            ``0 <= sparsity < 1``. The smallest set that reaches it is taken. If neither this nor a target is
+            given it is 0.3, and all groups for N:M; None if a target is.
         target_parameters: instead of ``sparsity``: how many parameters the whole model may keep.
         target_size: instead of ``sparsity``: the same as bytes, ``12GiB`` or ``500MB``, of what remains
             in the checkpoint's dtype.
         method: :class:`~surgeon.structures.Method`.
-        shots: over how many rounds of curvature, selection and update the removal is spread.
+        curvature: :class:`~surgeon.structures.Curvature`; None means the method's own.
+        fisher: ``empirical`` (the data's own next token) or ``mc`` (drawn from the model).
+        fisher_samples: draws a token for ``mc``.
+        kronecker_terms: how many Kronecker products ``kron`` adds up.
+        update: :class:`~surgeon.structures.Update`; None means the method's own.
+        chunk: weights of one solve of ``chunked``.
+        rank_by: what units are ranked by, ``cost`` or ``cost-per-parameter``; None means per parameter for
+            neurons and heads, else by cost.
+        shots: over how many rounds of curvature, selection and update the removal is spread; None means
+            8, or 1 for the layer-wise methods.
         calibration: calibration text (see :mod:`surgeon.data`).
         samples: number of calibration windows.
         sequence_length: tokens a window, for calibration and for evaluation; None means 2048, or as
@@ -58,6 +70,11 @@ class PruneConfig:
         batch_tokens: tokens a batch; changes speed and memory, never the result.
         damping_g: relative damping of G: this times the mean of its diagonal is added to it.
         damping_a: the same for A.
+        heal: fit low-rank adapters after the last shot and merge them (needs the extra ``heal``).
+        heal_epochs: passes over the calibration windows of that fit.
+        correction_epochs: passes of such a fit after every other shot; 0 for none.
+        lora_rank: rank of the adapters.
+        lora_learning_rate: of their Adam.
     """
 
     model: str = "demo"
@@ -66,7 +83,14 @@ class PruneConfig:
     target_parameters: int | None = None
     target_size: str | None = None
     method: str = "surgeon"
-    shots: int = 8
+    curvature: str | None = None
+    fisher: str = "empirical"
+    fisher_samples: int = 1
+    kronecker_terms: int = 1
+    update: str | None = None
+    chunk: int = 2000
+    rank_by: str | None = None
+    shots: int | None = None
     calibration: str = "wiki-mini"
     samples: int = 128
     sequence_length: int | None = None
@@ -78,17 +102,26 @@ class PruneConfig:
     batch_tokens: int = 2048
     damping_g: float = 0.1
     damping_a: float = 0.01
+    heal: bool = False
+    heal_epochs: float = 1.0
+    correction_epochs: float = 0.0
+    lora_rank: int = 8
+    lora_learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        parse_structure(self.structure)
-        parse_method(self.method)
+        self._check_choices()
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         _need(len(given) < 2, f"{' and '.join(map(_option, given))} say the same in different ways: give one")
+        pattern = self.structure_value.pattern
         if not given:
-            object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)
+            object.__setattr__(self, "sparsity", DEFAULT_SPARSITY if pattern is None else pattern.sparsity)
         _need(
             self.sparsity is None or 0.0 <= self.sparsity < 1.0,
             f"sparsity is {self.sparsity}: it is removed / total, from 0 to below 1",
+        )
+        _need(
+            pattern is None or self.sparsity is None or self.sparsity <= pattern.sparsity,
+            f"sparsity is {self.sparsity}: {pattern} removes at most {0 if pattern is None else pattern.sparsity:g}",
         )
         _need(
             self.target_parameters is None or self.target_parameters > 0,
@@ -96,13 +129,25 @@ class PruneConfig:
         )
         if self.target_size is not None:
             parse_size(self.target_size)
-        _need(self.shots <= MOST_SHOTS, f"shots is {self.shots}: it must be at most {MOST_SHOTS}")
+        if self.shots is None:
+            object.__setattr__(self, "shots", 1 if self.method_value.layerwise else DEFAULT_SHOTS)
+        _need(self.shot_count <= MOST_SHOTS, f"shots is {self.shots}: it must be at most {MOST_SHOTS}")
+        _need(
+            pattern is None
+            or not self.method_value.layerwise
+            or (self.shots == 1 and self.sparsity == pattern.sparsity),
+            f"{self.method} prunes every group of {self.structure} at once: leave --sparsity and --shots out",
+        )
         for name, least in (
             ("shots", 1),
             ("samples", 1),
             ("sequence_length", 2),
             ("batch_tokens", 1),
             ("seed", 0),
+            ("fisher_samples", 1),
+            ("kronecker_terms", 1),
+            ("chunk", 1),
+            ("lora_rank", 1),
         ):
             value = getattr(self, name)
             _need(value is None or value >= least, f"{_option(name)} is {value}: it must be at least {least}")
@@ -113,10 +158,38 @@ class PruneConfig:
         for name in ("damping_g", "damping_a"):
             value = getattr(self, name)
             _need(0.0 <= value < 1e6, f"{_option(name)} is {value}: it must be zero or a positive number")
+        for name in ("heal_epochs", "lora_learning_rate"):
+            value = getattr(self, name)
+            _need(0.0 < value < 1e6, f"{_option(name)} is {value}: it must be a positive number")
         _need(
-            self.precision in PRECISIONS,
-            f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}",
+            0.0 <= self.correction_epochs < 1e6,
+            f"correction-epochs is {self.correction_epochs}: it must be zero or a positive number",
         )
+
+    def _check_choices(self) -> None:
+        for name, choices in (("precision", PRECISIONS), ("fisher", FISHERS), ("rank_by", RANKS)):
+            value = getattr(self, name)
+            _need(
+                value is None or value in choices,
+                f"unknown {_option(name)} {value!r}: choose one of {', '.join(choices)}",
+            )
+        check_together(
+            self.structure_value, self.method_value, self.curvature_value, self.update_value, self.kronecker_terms
+        )
+        _need(
+            self.rank_by is None or not self.structure_value.elementwise,
+            f"all units of {self.structure} are of one size: leave --rank-by out",
+        )
+        _need(
+            self.fisher == "empirical" or self.curvature_value in {"kfac", "kron"},
+            f"{self.curvature_value} curvature needs no gradients: leave --fisher out",
+        )
+
+    @property
+    def shot_count(self) -> int:
+        """``shots``, which is set once the settings are made."""
+        assert self.shots is not None
+        return self.shots
 
     @property
     def structure_value(self) -> Structure:
@@ -127,6 +200,35 @@ class PruneConfig:
     def method_value(self) -> Method:
         """``method`` as a value."""
         return parse_method(self.method)
+
+    @property
+    def curvature_value(self) -> Curvature:
+        """``curvature``, or the method's own, as a value."""
+        return self.method_value.curvatures[0] if self.curvature is None else parse_curvature(self.curvature)
+
+    @property
+    def update_value(self) -> Update:
+        """``update``, or the method's own, as a value."""
+        if self.update is not None:
+            return parse_update(self.update)
+        return Update.JOINT if self.method_value.updates else Update.NONE
+
+    @property
+    def heals(self) -> bool:
+        """Whether low-rank adapters are fitted anywhere."""
+        return self.heal or self.correction_epochs > 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration windows are looked at."""
+        return self.method_value.needs_data or self.heals
+
+    @property
+    def per_parameter(self) -> bool:
+        """Whether units are ranked by cost per parameter that they free."""
+        if self.rank_by is None:
+            return self.structure_value.kind == "coupled"
+        return self.rank_by == "cost-per-parameter"
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, as plain values."""
@@ -201,12 +303,12 @@ def _need(condition: bool, message: str) -> None:  # noqa: FBT001
 
 
 def _coerce(key: str, type_name: str, value: Any) -> Any:
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
     base = type_name.removesuffix(" | None")
     if value is None and type_name.endswith("| None"):
         return None
     if base == "int" and isinstance(value, float) and value.is_integer():
         value = int(value)  # 5e9 is a count too
-    if not isinstance(value, kinds[base]) or isinstance(value, bool):
+    if not isinstance(value, kinds[base]) or isinstance(value, bool) != (base == "bool"):
         raise ConfigError(f"{_option(key)} is {value!r}: it must be of type {base}")
     return float(value) if base == "float" else value

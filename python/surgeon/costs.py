@@ -1,8 +1,8 @@
 """Costs: the predicted loss increase of removing one unit. Pure tensor mathematics.
 
 LLM Surgeon, sections 3.2 and 3.3, and its appendix. All functions take the *alive* sub-matrices.
-The numerators use the undamped factors, the inverses the damped ones. None as a factor is the
-identity. Results have the dtype of ``W_RC``.
+The numerators use the undamped factors, the inverses the damped ones. None as a factor or an inverse
+is the identity. Results have the dtype of ``W_RC``.
 
 Shapes: ``W_RC [R, C]``, ``A_CC [C, C]``, ``G_RR [R, R]``, ``g_inverse_R = diag(G⁻¹) [R]``,
 ``a_inverse_C = diag(A⁻¹) [C]``.
@@ -12,7 +12,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -26,14 +30,14 @@ def column_energy(W_RC: Tensor, G_RR: Tensor | None) -> Tensor:
     return (W_RC * W_RC).sum(0) if G_RR is None else ((G_RR @ W_RC) * W_RC).sum(0)
 
 
-def row_costs_obs(W_RC: Tensor, A_CC: Tensor | None, g_inverse_R: Tensor) -> Tensor:
+def row_costs_obs(W_RC: Tensor, A_CC: Tensor | None, g_inverse_R: Tensor | None) -> Tensor:
     """``½ (W A Wᵀ)_rr / [G⁻¹]_rr``: with the update of the other rows."""
-    return 0.5 * row_energy(W_RC, A_CC) / g_inverse_R
+    return _over(0.5 * row_energy(W_RC, A_CC), g_inverse_R)
 
 
-def column_costs_obs(W_RC: Tensor, G_RR: Tensor | None, a_inverse_C: Tensor) -> Tensor:
+def column_costs_obs(W_RC: Tensor, G_RR: Tensor | None, a_inverse_C: Tensor | None) -> Tensor:
     """``½ (Wᵀ G W)_cc / [A⁻¹]_cc``: with the update of the other columns."""
-    return 0.5 * column_energy(W_RC, G_RR) / a_inverse_C
+    return _over(0.5 * column_energy(W_RC, G_RR), a_inverse_C)
 
 
 def row_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
@@ -48,9 +52,51 @@ def column_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> 
     return energy if A_CC is None else energy * A_CC.diagonal()
 
 
-def element_costs_obs(W_RC: Tensor, g_inverse_R: Tensor, a_inverse_C: Tensor) -> Tensor:
+def column_set_costs_obs(
+    W_RC: Tensor, G_RR: Tensor | None, a_inverse_CC: Tensor | None, sets: Sequence[Tensor]
+) -> Tensor:
+    """``½ tr( ([A⁻¹]_SS)⁻¹ (Wᵀ G W)_SS )`` of sets of columns, each with the update of all others.
+
+    Args:
+        W_RC: weights.
+        G_RR: undamped.
+        a_inverse_CC: inverse of the damped A.
+        sets: indices of each set; an empty one costs nothing.
+
+    Returns:
+        ``[len(sets)]``.
+    """
+    found = []
+    for columns in sets:
+        energy = _set_energy(W_RC, G_RR, columns)
+        if a_inverse_CC is None or not columns.numel():
+            found.append(0.5 * energy.diagonal().sum())
+            continue
+        block = a_inverse_CC[columns[:, None], columns[None, :]]
+        solved = torch.cholesky_solve(energy.to(block.dtype), torch.linalg.cholesky(block))
+        found.append(0.5 * solved.diagonal().sum().to(W_RC.dtype))
+    return torch.stack(found) if found else W_RC.new_zeros(0)
+
+
+def column_set_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None, sets: Sequence[Tensor]) -> Tensor:
+    """``½ tr( A_SS (Wᵀ G W)_SS )`` of sets of columns: nothing else changes. ``[len(sets)]``."""
+    found = []
+    for columns in sets:
+        energy = _set_energy(W_RC, G_RR, columns)
+        block = energy.diagonal() if A_CC is None else A_CC[columns[:, None], columns[None, :]] * energy
+        found.append(0.5 * block.sum())
+    return torch.stack(found) if found else W_RC.new_zeros(0)
+
+
+def _set_energy(W_RC: Tensor, G_RR: Tensor | None, columns: Tensor) -> Tensor:
+    """``(Wᵀ G W)_SS``."""
+    W_RS = W_RC[:, columns]
+    return W_RS.T @ (W_RS if G_RR is None else G_RR @ W_RS)
+
+
+def element_costs_obs(W_RC: Tensor, g_inverse_R: Tensor | None, a_inverse_C: Tensor | None) -> Tensor:
     """``½ W_rc² / ([G⁻¹]_rr [A⁻¹]_cc)``, ``[R, C]``."""
-    return 0.5 * W_RC.square() / (g_inverse_R[:, None] * a_inverse_C[None, :])
+    return _over(_over(0.5 * W_RC.square(), None if g_inverse_R is None else g_inverse_R[:, None]), a_inverse_C)
 
 
 def element_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
@@ -61,6 +107,10 @@ def element_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) ->
     if A_CC is not None:
         cost = cost * A_CC.diagonal()[None, :]
     return cost
+
+
+def _over(value: Tensor, inverse: Tensor | None) -> Tensor:
+    return value if inverse is None else value / inverse.to(value.dtype)
 
 
 def quadratic_increase(D_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:

@@ -73,6 +73,10 @@ class SingularFactorError(NumericsError):
     """A curvature factor stayed indefinite after the last step of the damping ladder."""
 
 
+class PatternError(NumericsError):
+    """A layer does not hold the N:M pattern that it was pruned to."""
+
+
 class SelectionError(SurgeonError, ValueError):
     """Input that the selection core refuses: shapes, dtypes or counts that do not fit."""
 

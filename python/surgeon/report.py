@@ -86,13 +86,14 @@ def build(
     ledger = state.ledger
     layers = []
     for index, layer in enumerate(matched.layers):
+        kept = layer.read(layer.weight.dtype) != 0
         layers.append(
             {
                 "name": layer.name,
                 "shape": list(layer.shape),
                 "sparsity": ledger.layer_removed(index) / max(layer.parameters, 1),
-                "kept_rows": int(ledger.keep_rows(index).sum()),
-                "kept_columns": int(ledger.keep_columns(index).sum()),
+                "kept_rows": int(kept.any(1).sum()),
+                "kept_columns": int(kept.any(0).sum()),
             }
         )
     value = {

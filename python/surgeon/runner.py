@@ -14,6 +14,7 @@ from surgeon.config import PruneConfig
 from surgeon.errors import ConfigError, NoTokenizerError
 from surgeon.evaluation import Evaluation, evaluate_windows
 from surgeon.export import round_to_storage, write_checkpoint
+from surgeon.heal import require_peft
 from surgeon.models import load_model, load_tokenizer, match_layers, precision_dtype
 from surgeon.progress import EventLog, Observer, Observers
 from surgeon.session import Session
@@ -75,6 +76,8 @@ def prune(
     """
     out = Path(out)
     check_output(out, resume=resume)
+    if config.heals:
+        require_peft()
     told = observer or Observer()
     told.phase(0, "load", 1)
     device = choose_device(config.device)
@@ -83,7 +86,7 @@ def prune(
     tokenizer = _tokenizer(config.model, config.calibration, config.test_data)
     length = fit_length(loaded, config.sequence_length)
     config = dataclasses.replace(config, sequence_length=length)
-    calibration = calibration_set(config, loaded, tokenizer, length) if config.method_value.needs_data else None
+    calibration = calibration_set(config, loaded, tokenizer, length) if config.needs_data else None
     test = test_set(config.test_data, loaded, tokenizer, length, config.test_samples)
     fingerprint = {
         "settings": config.digest(),
@@ -117,10 +120,10 @@ def prune(
                 observer=told,
                 folder=folder,
             )
-            saved = folder.restore(matched.layers) if resume else None
+            saved = folder.restore(matched.layers, config.structure_value) if resume else None
             if saved is not None:
                 session.state = saved
-            told.run_started(shots=config.shots, done=len(session.state.shots), facts=facts)
+            told.run_started(shots=config.shot_count, done=len(session.state.shots), facts=facts)
             state = session.run()
             final = _finish(loaded, tokenizer, session=session, test=test, folder=folder.path, told=told)
             value = report.build(

@@ -5,14 +5,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from surgeon import _core
-from surgeon._core import Ledger
+from surgeon._core import ElementLedger, Ledger
 from surgeon.config import parse_size
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
-    from surgeon.config import PruneConfig
+    from collections.abc import Sequence
 
-__all__ = ["Ledger", "shot_targets"]
+    from surgeon.config import PruneConfig
+    from surgeon.layers import PrunableLayer
+    from surgeon.structures import NMPattern, Structure
+
+__all__ = ["Books", "ElementLedger", "Ledger", "most_removable", "open_books", "read_books", "shot_targets"]
+
+Books = Ledger | ElementLedger
+
+
+def open_books(structure: Structure, layers: Sequence[PrunableLayer]) -> Books:
+    """Empty books: of rows and columns, or of single weights whose masks are in the weights."""
+    if structure.elementwise:
+        return ElementLedger([layer.parameters for layer in layers])
+    return Ledger([layer.shape for layer in layers])
+
+
+def read_books(data: bytes, structure: Structure) -> Books:
+    """The books that ``to_bytes`` wrote.
+
+    Raises:
+        SelectionError: the bytes are damaged, or books of another kind of structure.
+    """
+    return ElementLedger.from_bytes(data) if structure.elementwise else Ledger.from_bytes(data)
+
+
+def most_removable(total: int, pattern: NMPattern) -> int:
+    """Parameters that go where every group of N:M is pruned and all parameters are in groups."""
+    return _core.removal_target(total, pattern.sparsity)
 
 
 def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_parameter: int) -> list[int]:
@@ -41,4 +68,4 @@ def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_para
             )
     else:
         target = _core.removal_target(prunable, config.sparsity or 0.0)
-    return _core.linear_schedule(prunable, target, config.shots)
+    return _core.linear_schedule(prunable, target, config.shot_count)

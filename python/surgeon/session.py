@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.curvature import CurvatureFactors, estimator_for
+from surgeon.curvature import CurvatureFactors, CurvatureOptions, estimator_for
 from surgeon.evaluation import evaluate_windows
+from surgeon.heal import HealSettings, heal, planned_windows
+from surgeon.layerwise import prune_blocks
 from surgeon.models import precision_dtype
-from surgeon.operations import begin_shot
+from surgeon.operations import LayerwiseShot, begin_shot
 from surgeon.progress import Observer
-from surgeon.schedule import Ledger, shot_targets
+from surgeon.schedule import ElementLedger, open_books, shot_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from surgeon.data import Windows
     from surgeon.layers import PrunableLayer
     from surgeon.models import LoadedModel, Matched
+    from surgeon.schedule import Books
 
 
 @dataclass
@@ -34,7 +37,8 @@ class ShotRecord:
     """What one shot did; ``surgeon.json`` holds these fields.
 
     Losses are mean next-token losses over the calibration windows in nats; None where not measured.
-    ``peak_memory_bytes`` is the process' peak so far (of the device if it has its own memory).
+    ``heal`` says what a fit of low-rank adapters did, if there was one. ``peak_memory_bytes`` is the
+    process' peak so far (of the device if it has its own memory).
     """
 
     shot: int
@@ -49,6 +53,7 @@ class ShotRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     damping_events: list[dict[str, Any]] = field(default_factory=list)
+    heal: dict[str, Any] | None = None
 
 
 @dataclass
@@ -56,12 +61,12 @@ class RunState:
     """Everything that a run knows besides the weights; saved after every shot.
 
     Attributes:
-        ledger: which rows and columns are gone.
+        ledger: what is gone.
         dense_perplexity: of the unpruned model.
         shots: finished shots.
     """
 
-    ledger: Ledger
+    ledger: Books
     dense_perplexity: float | None = None
     shots: list[ShotRecord] = field(default_factory=list)
 
@@ -92,6 +97,7 @@ class Session:
     ) -> None:
         self.model = loaded.model
         self.layers: tuple[PrunableLayer, ...] = matched.layers
+        self._matched = matched
         self.config = config
         self._calibration = calibration
         self._test = test
@@ -99,7 +105,7 @@ class Session:
         self._folder = folder
         self._dtype = precision_dtype(config.precision)
         self._shot = 0
-        self.state = RunState(Ledger([layer.shape for layer in self.layers]))
+        self.state = RunState(open_books(config.structure_value, self.layers))
         self.targets = shot_targets(
             config,
             prunable=matched.parameters,
@@ -130,8 +136,25 @@ class Session:
     def _run_shot(self, shot: int) -> ShotRecord:
         ledger, target = self.state.ledger, self.targets[shot - 1]
         record = ShotRecord(shot, target_sparsity=target / ledger.total)
+        if self.config.method_value.layerwise:
+            self._layerwise(record, target)
+        else:
+            self._global(record, target)
+        record.sparsity = ledger.sparsity
+        last = shot == len(self.targets)
+        if (self.config.heal and last) or (self.config.correction_epochs and not last):
+            self._heal(record, self.config.heal_epochs if last else self.config.correction_epochs)
+        if self._test is not None:
+            with self._timed(record, "evaluate", len(self._test), announce=False):
+                record.perplexity = self._perplexity("evaluate")
+        record.peak_memory_bytes = peak_memory_bytes(self.model.device)
+        return record
+
+    def _global(self, record: ShotRecord, target: int) -> None:
+        """Curvature and costs of all layers, one selection over them, then the updates."""
+        ledger = self.state.ledger
         factors = self._curvature(record)
-        operations = begin_shot(self.layers, self.config, ledger)
+        operations = begin_shot(self._matched, self.model.config, self.config, ledger)
         with self._timed(record, "costs", len(self.layers)):
             for index, layer in enumerate(self.layers):
                 operations.measure(index, layer.read(self._dtype), factors.layers[index])
@@ -147,29 +170,69 @@ class Session:
                 predicted += applied.predicted_increase
                 self._observer.advance(1, layer.name)
         operations.commit(ledger)
-        del factors
-        record.sparsity = ledger.sparsity
         record.units = selected.units
         record.threshold = selected.threshold if selected.units else None
         record.predicted_loss_increase = predicted if self.config.method_value.needs_data else None
         record.damping_events = [dataclasses.asdict(event) for event in operations.damping_events]
-        if self._test is not None:
-            with self._timed(record, "evaluate", len(self._test), announce=False):
-                record.perplexity = self._perplexity("evaluate")
-        record.peak_memory_bytes = peak_memory_bytes(self.model.device)
-        return record
 
-    def _curvature(self, record: ShotRecord) -> CurvatureFactors:
-        method = self.config.method_value
-        windows = 0 if self._calibration is None else len(self._calibration)
-        with self._timed(record, "curvature", windows):
-            factors = estimator_for(method.curvature)(
+    def _layerwise(self, record: ShotRecord, target: int) -> None:
+        """Block after block, each on the inputs that the pruned blocks before it give."""
+        ledger = self.state.ledger
+        assert self._calibration is not None
+        assert isinstance(ledger, ElementLedger)
+        shot = LayerwiseShot(self.layers, self.config, target)
+        with self._timed(record, "blocks", len(self._matched.blocks) * len(self._calibration)):
+            prune_blocks(
                 self.model,
+                self._matched.blocks,
                 self.layers,
                 self._calibration,
                 batch_tokens=self.config.batch_tokens,
+                prune_layer=shot.prune_layer,
+                advance=self._observer.advance,
+                accumulate=self._dtype,
+            )
+        record.units = shot.commit(ledger)
+
+    def _heal(self, record: ShotRecord, epochs: float) -> None:
+        """Fit low-rank adapters on what is left and merge them; what is zero stays zero."""
+        assert self._calibration is not None
+        settings = HealSettings(
+            rank=self.config.lora_rank,
+            learning_rate=self.config.lora_learning_rate,
+            epochs=epochs,
+            # Every fit its own windows: short ones would all visit the same few.
+            seed=self.config.seed + record.shot,
+        )
+        with self._timed(record, "heal", planned_windows(len(self._calibration), settings)):
+            found = heal(
+                self.model,
+                self.layers,
+                self._calibration,
+                settings=settings,
+                batch_tokens=self.config.batch_tokens,
+                advance=self._observer.advance,
+            )
+        record.heal = dataclasses.asdict(found)
+
+    def _curvature(self, record: ShotRecord) -> CurvatureFactors:
+        config = self.config
+        options = CurvatureOptions(
+            fisher=config.fisher,
+            fisher_samples=config.fisher_samples,
+            terms=config.kronecker_terms,
+            seed=config.seed,
+        )
+        windows = 0 if self._calibration is None else len(self._calibration)
+        with self._timed(record, "curvature", windows):
+            factors = estimator_for(config.curvature_value)(
+                self.model,
+                self.layers,
+                self._calibration,
+                batch_tokens=config.batch_tokens,
                 accumulate=self._dtype,
                 advance=self._observer.advance,
+                options=options,
             )
         record.loss_before = factors.loss
         if self.state.shots:

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from surgeon.costs import row_energy
 from surgeon.linalg import inverse_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+# A layer of SmolLM2-135M at 50 % reaches its optimum in 50 to 100 steps.
+MOST_STEPS = 200
+STEP_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -34,28 +41,30 @@ class Removal:
     cost: Tensor
 
 
-def remove_rows(W_RC: Tensor, G_cholesky_RR: Tensor, A_CC: Tensor, rows: Tensor) -> Removal:
+def remove_rows(W_RC: Tensor, G_cholesky_RR: Tensor | None, A_CC: Tensor | None, rows: Tensor) -> Removal:
     """Optimum with the rows S at zero: ``W − G⁻¹[:,S] (G⁻¹[S,S])⁻¹ W[S,:]``; A cancels.
 
     The set cost is ``½ tr( (G⁻¹[S,S])⁻¹ W[S,:] A W[S,:]ᵀ )``.
 
     Args:
         W_RC: weights.
-        G_cholesky_RR: lower Cholesky factor of the damped G.
-        A_CC: undamped, as in the costs of single rows.
+        G_cholesky_RR: lower Cholesky factor of the damped G; None for the identity, under which nothing else changes.
+        A_CC: undamped, as in the costs of single rows; None for the identity.
         rows: indices S to remove.
     """
     if rows.numel() == 0:
         return Removal(W_RC, W_RC.new_zeros(()))
+    if G_cholesky_RR is None:
+        return Removal(W_RC.index_fill(0, rows, 0.0), 0.5 * row_energy(W_RC[rows], A_CC).sum())
     inverse_RS = inverse_columns(G_cholesky_RR, rows)
     W_SC = W_RC[rows].to(inverse_RS.dtype)
     Z_SC = torch.cholesky_solve(W_SC, torch.linalg.cholesky(inverse_RS[rows]))
     new = (W_RC - (inverse_RS @ Z_SC).to(W_RC.dtype)).index_fill_(0, rows, 0.0)
     Z_SC = Z_SC.to(W_RC.dtype)
-    return Removal(new, 0.5 * ((Z_SC @ A_CC) * W_RC[rows]).sum())
+    return Removal(new, 0.5 * ((Z_SC if A_CC is None else Z_SC @ A_CC) * W_RC[rows]).sum())
 
 
-def remove_columns(W_RC: Tensor, A_cholesky_CC: Tensor, G_RR: Tensor, columns: Tensor) -> Removal:
+def remove_columns(W_RC: Tensor, A_cholesky_CC: Tensor | None, G_RR: Tensor | None, columns: Tensor) -> Removal:
     """Optimum with the columns S at zero: ``W − W[:,S] (A⁻¹[S,S])⁻¹ A⁻¹[S,:]``; G cancels.
 
     The mirror image of :func:`remove_rows`, with set cost ``½ tr( (A⁻¹[S,S])⁻¹ (Wᵀ G W)[S,S] )``.
@@ -78,19 +87,23 @@ class ElementUpdate:
 
 
 def remove_elements(
-    W_RC: Tensor, keep_RC: Tensor, G_RR: Tensor, A_CC: Tensor, *, steps: int, tolerance: float
+    W_RC: Tensor,
+    keep_RC: Tensor,
+    terms: Sequence[tuple[Tensor | None, Tensor | None]],
+    *,
+    steps: int = MOST_STEPS,
+    tolerance: float = STEP_TOLERANCE,
 ) -> ElementUpdate:
     """Optimum with single weights at zero, by preconditioned conjugate gradients over the whole matrix.
 
-    Solves ``M∘(G X A) = M∘(G W A)``, ``X = M∘X``, with the diagonal preconditioner
-    ``1 / (G_rr A_cc)`` and the start ``M∘W``. Only dense products ``G P A``; no system of the size
-    of the removed set.
+    Solves ``M∘(Σ G X A) = M∘(Σ G W A)``, ``X = M∘X``, with the diagonal preconditioner
+    ``1 / Σ G_rr A_cc`` and the start ``M∘W``. Only dense products ``G P A``; no system of the size
+    of the removed set. The loss itself says when to stop: the residual is a poor guide.
 
     Args:
         W_RC: weights.
         keep_RC: bool, M.
-        G_RR: damped G.
-        A_CC: damped A.
+        terms: damped ``(G, A)`` of each Kronecker product, None for the identity.
         steps: at most so many steps.
         tolerance: stop when ten steps together lower the quadratic loss by less than this fraction.
     """
@@ -98,30 +111,84 @@ def remove_elements(
     X = W_RC * M
     # Residual of the normal equations on the kept weights: M∘(G (W − X) A).
     D = W_RC - X
-    GDA = G_RR @ D @ A_CC
+    GDA = kronecker_product(terms, D)
     increase = 0.5 * float((D * GDA).sum())
     increases = [increase]
-    residual = M * GDA
-    preconditioner = M / (G_RR.diagonal()[:, None] * A_CC.diagonal()[None, :])
+    residual = GDA.mul_(M)
+    preconditioner = M / _kronecker_diagonal(terms, W_RC)
     Z = preconditioner * residual
-    P = Z
+    P = Z.clone()
     rho = float((residual * Z).sum())
     for _ in range(steps):
         if rho <= 0.0:
             break
-        GPA = G_RR @ P @ A_CC
+        GPA = kronecker_product(terms, P)
         curvature = float((P * GPA).sum())
         if curvature <= 0.0:
             break
         alpha = rho / curvature
-        X = X + alpha * P
-        residual = residual - alpha * (M * GPA)
+        X.add_(P, alpha=alpha)
+        residual.sub_(GPA.mul_(M), alpha=alpha)
         # f(X + αP) = f(X) − α⟨r, P⟩ + ½α²⟨P, GPA⟩ = f(X) − ½ ρ²/⟨P, GPA⟩.
         increase -= 0.5 * rho * rho / curvature
         increases.append(increase)
         if len(increases) > 10 and increases[-11] - increase <= tolerance * max(increases[-11], 0.0):
             break
-        Z = preconditioner * residual
+        torch.mul(preconditioner, residual, out=Z)
         rho, previous = float((residual * Z).sum()), rho
-        P = Z + (rho / previous) * P
+        P.mul_(rho / previous).add_(Z)
     return ElementUpdate(X, increases)
+
+
+def remove_elements_chunked(
+    W_RC: Tensor, keep_RC: Tensor, G_cholesky_RR: Tensor | None, A_cholesky_CC: Tensor | None, *, chunk: int
+) -> Tensor:
+    """The paper's truncation: removed weights in chunks that know nothing of each other.
+
+    Each chunk Q, in row-major order, solves ``(G⁻¹[r,r] ∘ A⁻¹[c,c]) z = w_Q``; then
+    ``δW = −G⁻¹ Z A⁻¹`` with all z scattered into one Z (LLM Surgeon, section 3.4, ``max_correlate``).
+
+    Args:
+        W_RC: weights.
+        keep_RC: bool.
+        G_cholesky_RR: lower Cholesky factor of the damped G; None for the identity.
+        A_cholesky_CC: the same for A.
+        chunk: weights of a solve.
+
+    Returns:
+        New weights, exactly zero where removed.
+    """
+    inverses = [
+        torch.eye(n, dtype=W_RC.dtype, device=W_RC.device) if L_nn is None else torch.cholesky_inverse(L_nn)
+        for n, L_nn in zip(W_RC.shape, (G_cholesky_RR, A_cholesky_CC), strict=True)
+    ]
+    G_inverse, A_inverse = inverses
+    Z = W_RC.new_zeros(W_RC.shape, dtype=torch.promote_types(G_inverse.dtype, A_inverse.dtype))
+    rows, columns = (~keep_RC & (W_RC != 0)).nonzero(as_tuple=True)
+    for r, c in zip(torch.split(rows, chunk), torch.split(columns, chunk), strict=True):
+        system = G_inverse[r[:, None], r] * A_inverse[c[:, None], c]
+        w = W_RC[r, c].to(system.dtype).unsqueeze(1)
+        Z[r, c] = torch.cholesky_solve(w, torch.linalg.cholesky(system)).squeeze(1)
+    new = W_RC - (G_inverse.to(Z.dtype) @ Z @ A_inverse.to(Z.dtype)).to(W_RC.dtype)
+    return new * keep_RC
+
+
+def kronecker_product(terms: Sequence[tuple[Tensor | None, Tensor | None]], P_RC: Tensor) -> Tensor:
+    """``Σ G P A``, a new tensor ``[R, C]``; None is the identity."""
+    total: Tensor | None = None
+    for G_RR, A_CC in terms:
+        part = P_RC if G_RR is None else G_RR @ P_RC
+        part = part if A_CC is None else part @ A_CC
+        total = part if total is None else total + part
+    assert total is not None, "at least one term"
+    return total.clone() if total is P_RC else total
+
+
+def _kronecker_diagonal(terms: Sequence[tuple[Tensor | None, Tensor | None]], W_RC: Tensor) -> Tensor:
+    """``Σ G_rr A_cc [R, C]``."""
+    total = torch.zeros_like(W_RC)
+    for G_RR, A_CC in terms:
+        g = W_RC.new_ones(W_RC.shape[0]) if G_RR is None else G_RR.diagonal()
+        a = W_RC.new_ones(W_RC.shape[1]) if A_CC is None else A_CC.diagonal()
+        total.addr_(g, a)
+    return total

@@ -65,6 +65,30 @@ pub enum CoreError {
         /// Position inside the layer.
         index: usize,
     },
+    /// A layer has lost fewer elements than after an earlier shot.
+    #[error(
+        "layer {layer} has lost {after} elements, but {before} after an earlier shot: they cannot come back"
+    )]
+    Fewer {
+        /// Position of the layer.
+        layer: usize,
+        /// Elements gone after the earlier shot.
+        before: u64,
+        /// Elements gone now.
+        after: u64,
+    },
+    /// A layer is booked a second time in one shot.
+    #[error("layer {layer} is booked twice in one shot")]
+    Twice {
+        /// Position of the layer.
+        layer: usize,
+    },
+    /// A shot is to be closed although a layer is missing.
+    #[error("layer {layer} is not booked in this shot")]
+    Unbooked {
+        /// Position of the layer.
+        layer: usize,
+    },
     /// There is no such layer.
     #[error("there is no layer {layer}: the ledger has {layers}")]
     NoLayer {
@@ -79,6 +103,14 @@ pub enum CoreError {
     /// Bytes that are no ledger, or a damaged one.
     #[error("this is no intact ledger: {0}")]
     Corrupt(&'static str),
+    /// Bytes of another kind of ledger.
+    #[error("this is a ledger of {found}, not of {expected}")]
+    OtherLedger {
+        /// What the ledger was to book.
+        expected: &'static str,
+        /// What it books.
+        found: &'static str,
+    },
     /// The memory for the result cannot be had.
     #[error("not enough memory for {0}")]
     Memory(&'static str),

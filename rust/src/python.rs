@@ -74,7 +74,7 @@ fn version() -> &'static str {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::ledger::Ledger;
+    use super::ledger::{ElementLedger, Ledger};
     #[pymodule_export]
     use super::select::{
         CrossSelection, UnitSelection, linear_schedule, removal_target, select_rows_columns,

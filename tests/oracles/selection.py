@@ -76,25 +76,31 @@ def units(
     target: int,
     *,
     per_parameter: bool = False,
+    bonus: Sequence[int] | None = None,
 ) -> tuple[list[Mask], int, float, int]:
     """Masks, removed, threshold, units removed."""
+    extra = [0] * len(costs) if bonus is None else [int(parameters) for parameters in bonus]
+
+    def count() -> int:
+        gone = sum(int(size[~mask].sum()) for size, mask in zip(sizes, keep, strict=True))
+        return gone + sum(parameters for parameters, mask in zip(extra, keep, strict=True) if not mask.any())
+
     keep = [mask.copy() for mask in alive]
     order = []
     for layer, (layer_costs, layer_sizes) in enumerate(zip(costs, sizes, strict=True)):
         for index in np.flatnonzero(keep[layer]):
             cost, size = float(layer_costs[index]), float(layer_sizes[index])
             order.append((cost / size if per_parameter else cost, layer, int(index)))
-    removed = sum(int(size[~mask].sum()) for size, mask in zip(sizes, keep, strict=True))
-    threshold, count = -np.inf, 0
+    threshold, number = -np.inf, 0
     for score, place, unit in sorted(order):
-        if removed >= target:
+        if count() >= target:
             break
         keep[place][unit] = False
-        removed += int(sizes[place][unit])
-        threshold, count = score, count + 1
+        threshold, number = score, number + 1
+    removed = count()
     if removed < target:
         raise TargetError(target, removed)
-    return keep, removed, threshold, count
+    return keep, removed, threshold, number
 
 
 def elements(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgeon.curvature.base import CurvatureFactors, LayerFactors, register
+from surgeon.curvature.base import DEFAULT_OPTIONS, CurvatureFactors, LayerFactors, register
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from surgeon.curvature.base import CurvatureOptions
     from surgeon.data import Windows
     from surgeon.layers import PrunableLayer
 
@@ -24,6 +25,7 @@ def identity(
     batch_tokens: int,  # noqa: ARG001
     accumulate: torch.dtype,  # noqa: ARG001
     advance: Callable[[int], None],  # noqa: ARG001
+    options: CurvatureOptions = DEFAULT_OPTIONS,  # noqa: ARG001
 ) -> CurvatureFactors:
     """``A = I``, ``G = I`` for every layer."""
     return CurvatureFactors([LayerFactors(None, None, "identity") for _ in layers])

@@ -1,6 +1,6 @@
 """LLaMA: rotary positions, grouped-query attention, SwiGLU, usually no biases."""
 
-from surgeon.models.base import Adapter, register
+from surgeon.models.base import Adapter, Attention, Mlp, register
 
 LLAMA = register(
     Adapter(
@@ -16,5 +16,7 @@ LLAMA = register(
             "up": "mlp.up_proj",
             "down": "mlp.down_proj",
         },
+        mlp=Mlp(inner=("gate", "up"), output="down"),
+        attention=Attention(q="q", k="k", v="v", output="o"),
     )
 )

@@ -82,7 +82,7 @@ def load_model(name: str, *, device: torch.device, precision: torch.dtype) -> Lo
     source = resolve_model(name)
     try:
         config = AutoConfig.from_pretrained(source)
-        adapter_for(str(config.model_type))
+        adapter_for(config)
         # Straight into the run's precision where the checkpoint says its own: no second copy.
         stated = getattr(config, "dtype", None)
         # Missing weights would be initialised at random and only warned about: ask for the list.

@@ -1,6 +1,6 @@
 """OPT: learned positions, biases everywhere, ReLU."""
 
-from surgeon.models.base import Adapter, register
+from surgeon.models.base import Adapter, Attention, Mlp, register
 
 OPT = register(
     Adapter(
@@ -15,5 +15,7 @@ OPT = register(
             "fc1": "fc1",
             "fc2": "fc2",
         },
+        mlp=Mlp(inner=("fc1",), output="fc2", activation="activation_function"),
+        attention=Attention(q="q", k="k", v="v", output="o"),
     )
 )

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from surgeon.models import unit_groups
 from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
+from surgeon.operations.coupled import CoupledShot
+from surgeon.operations.elements import ElementsShot
+from surgeon.operations.layerwise import LayerwiseShot
 from surgeon.operations.rows_columns import RowsColumnsShot
+from surgeon.schedule import ElementLedger, Ledger
+from surgeon.structures import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from transformers import PreTrainedConfig
 
     from surgeon.config import PruneConfig
-    from surgeon.layers import PrunableLayer
-    from surgeon.schedule import Ledger
+    from surgeon.models import Matched
+    from surgeon.schedule import Books
 
-__all__ = ["Applied", "DampingEvent", "Selected", "ShotOperations", "begin_shot"]
+__all__ = ["Applied", "DampingEvent", "LayerwiseShot", "Selected", "ShotOperations", "begin_shot"]
 
 
-def begin_shot(layers: Sequence[PrunableLayer], config: PruneConfig, ledger: Ledger) -> ShotOperations:
-    """The operations object of a configuration's structure, for one shot."""
-    # All of today's structures are rows, columns or both; which of them may go is the selection's business.
-    return RowsColumnsShot(layers, config, ledger)
+def begin_shot(matched: Matched, model_config: PreTrainedConfig, config: PruneConfig, books: Books) -> ShotOperations:
+    """The operations object of a configuration's structure, for one shot.
+
+    Raises:
+        ModelError: the model has no such units.
+    """
+    structure = config.structure_value
+    if structure.elementwise:
+        assert isinstance(books, ElementLedger)
+        return ElementsShot(matched.layers, config, books)
+    assert isinstance(books, Ledger)
+    if structure.kind is Kind.COUPLED:
+        kinds = frozenset(part.removesuffix("s") for part in structure.parts)
+        return CoupledShot(matched.layers, unit_groups(matched, model_config, kinds), config, books)
+    return RowsColumnsShot(matched.layers, config, books)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from surgeon.curvature import LayerFactors
-    from surgeon.schedule import Ledger
+    from surgeon.schedule import Books
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class ShotOperations(ABC):
         """Remove a layer's chosen units and update what stays."""
 
     @abstractmethod
-    def commit(self, ledger: Ledger) -> None:
-        """Enter what went into the ledger."""
+    def commit(self, books: Books) -> None:
+        """Enter what went into the books."""
 
     @property
     @abstractmethod

@@ -6,8 +6,8 @@
 
 use numpy::ndarray::Dimension;
 use numpy::{
-    Element, PyArray, PyArray1, PyArrayMethods, PyReadonlyArray, PyReadonlyArray1, PyUntypedArray,
-    PyUntypedArrayMethods,
+    Element, PyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray, PyReadonlyArray1,
+    PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyList;
@@ -81,6 +81,19 @@ pub(super) fn sound<D: Dimension>(
     }
     let bytes = mask.call_method1("view", ("uint8",))?;
     contiguous(bytes.call_method1("astype", ("bool",))?.cast_into()?)
+}
+
+/// The bytes of a mask of any shape: 0 where it is false, something else where it is true.
+pub(super) fn mask_bytes<'py>(
+    layer: usize,
+    what: &str,
+    mask: &Bound<'py, PyAny>,
+) -> PyResult<PyReadonlyArrayDyn<'py, u8>> {
+    if mask.cast::<PyArrayDyn<bool>>().is_err() {
+        let found = describe(mask);
+        return Err(refuse(format!("layer {layer}: {what} must be a bool array, not {found}")));
+    }
+    contiguous(mask.call_method1("view", ("uint8",))?.cast_into()?)
 }
 
 /// Moves masks out as a list of arrays.

@@ -107,7 +107,7 @@ impl UnitSelection {
 
 /// Removes the cheapest units of all layers until `target` parameters are gone.
 #[pyfunction]
-#[pyo3(signature = (costs, sizes, alive, target, *, per_parameter=false))]
+#[pyo3(signature = (costs, sizes, alive, target, *, per_parameter=false, bonus=None))]
 pub(super) fn select_units<'py>(
     py: Python<'py>,
     costs: Vec<Bound<'py, PyAny>>,
@@ -115,10 +115,18 @@ pub(super) fn select_units<'py>(
     alive: Vec<Bound<'py, PyAny>>,
     target: &Bound<'py, PyAny>,
     per_parameter: bool,
+    bonus: Option<Vec<Bound<'py, PyAny>>>,
 ) -> PyResult<UnitSelection> {
     let target = count("target", target)?;
     expect_layers("sizes", costs.len(), sizes.len())?;
     expect_layers("alive", costs.len(), alive.len())?;
+    let bonus = match bonus {
+        None => vec![0; costs.len()],
+        Some(bonus) => {
+            expect_layers("bonus", costs.len(), bonus.len())?;
+            bonus.iter().map(|bonus| count("bonus", bonus)).collect::<PyResult<_>>()?
+        }
+    };
     let costs = vectors::<f64>("costs", "float64", costs)?;
     let sizes = vectors::<u64>("sizes", "uint64", sizes)?;
     let alive = masks("alive", alive)?;
@@ -127,7 +135,13 @@ pub(super) fn select_units<'py>(
         .into_iter()
         .zip(sizes.slices()?)
         .zip(alive.slices()?)
-        .map(|((costs, sizes), alive)| independent::UnitLayer { costs, sizes, alive })
+        .zip(bonus)
+        .map(|(((costs, sizes), alive), bonus)| independent::UnitLayer {
+            costs,
+            sizes,
+            alive,
+            bonus,
+        })
         .collect();
     let rank =
         if per_parameter { independent::Rank::CostPerParameter } else { independent::Rank::Cost };

@@ -17,6 +17,9 @@ pub struct UnitLayer<'a> {
     pub sizes: &'a [u64],
     /// False for units that are gone already.
     pub alive: &'a [bool],
+    /// Parameters freed in addition when no unit is left, such as a key/value head that goes with
+    /// the last of its query heads. 0 if there are none.
+    pub bonus: u64,
 }
 
 /// What units are ranked by.
@@ -74,15 +77,22 @@ impl UnitLayer<'_> {
                     "unit {index} of layer {layer} frees no parameter, so it has no cost per parameter"
                 )));
             }
+            if size == 0 && self.bonus > 0 {
+                return Err(CoreError::Argument(format!(
+                    "unit {index} of layer {layer} frees no parameter, so the layer can have no bonus"
+                )));
+            }
             records.push(Sized { key: rank.key(cost, size), size });
         }
         Ok(records)
     }
 
-    /// Parameters of the dead units; `None` if they do not fit 64 bits.
+    /// Parameters of the dead units, with the bonus if all are dead; `None` if they do not fit 64
+    /// bits.
     fn dead(&self) -> Option<u64> {
         let dead = self.sizes.iter().zip(self.alive).filter(|(_, alive)| !**alive);
-        dead.map(|(size, _)| *size).try_fold(0, u64::checked_add)
+        let bonus = if self.alive.contains(&true) { 0 } else { self.bonus };
+        dead.map(|(size, _)| *size).try_fold(bonus, u64::checked_add)
     }
 
     /// Keep mask if all keys below `key` go, and those equal to it before index `cut`.
@@ -96,26 +106,55 @@ impl UnitLayer<'_> {
     }
 }
 
+/// What the candidates of one layer free. None of them has size 0 if there is a bonus, so the
+/// sizes that went tell whether all went.
+struct Freed {
+    /// Sizes of all candidates together.
+    sizes: u64,
+    /// What comes on top when all went; 0 without candidates, whose bonus is dead already.
+    bonus: u64,
+}
+
+impl Freed {
+    fn new(units: &UnitLayer<'_>, group: &Group<Sized>) -> Option<Self> {
+        let bonus = if group.len() == 0 { 0 } else { units.bonus };
+        Some(Self { sizes: group.weight()?, bonus })
+    }
+
+    /// Parameters of all candidates; `None` if they do not fit 64 bits.
+    fn all(&self) -> Option<u64> {
+        self.sizes.checked_add(self.bonus)
+    }
+
+    /// Parameters freed by candidates whose sizes sum to `gone`.
+    fn by(&self, gone: u64) -> u64 {
+        gone + if gone == self.sizes { self.bonus } else { 0 }
+    }
+}
+
 /// Removes the cheapest units of all layers until `target` parameters are gone.
 ///
 /// `target` counts what is gone in total, dead units included: if they reach it alone, nothing
 /// more goes. The result is the shortest prefix of the order (score, layer, index) that reaches
-/// the target. Expected time O(n), memory O(n) for n units.
+/// the target, with the bonus of every layer in which nothing is left. The order does not look at
+/// the bonus. A layer without alive units has lost its bonus from the start. Expected time O(n), memory O(n) for n units.
 ///
 /// # Errors
 /// [`CoreError::NonFinite`] for the first candidate, in the order of layers, whose cost is NaN or
-/// infinite; [`CoreError::Argument`] for a candidate of size 0 ranked per parameter;
-/// [`CoreError::Target`] if all units together are not enough; [`CoreError::Length`] if the arrays
-/// of a layer differ in length; [`CoreError::Overflow`] if the sizes do not fit 64 bits together.
+/// infinite; [`CoreError::Argument`] for a candidate of size 0 ranked per parameter
+/// or in a layer with a bonus; [`CoreError::Target`] if all units together are not enough;
+/// [`CoreError::Length`] if the arrays of a layer differ in length; [`CoreError::Overflow`] if
+/// sizes and bonuses do not fit 64 bits together.
 ///
 /// ```
 /// use _core::select::independent::{Rank, UnitLayer, select_units};
 ///
-/// let layer = UnitLayer { costs: &[3.0, 2.0, 8.0], sizes: &[9, 1, 9], alive: &[true; 3] };
+/// let layer = UnitLayer { costs: &[3.0, 2.0, 8.0], sizes: &[9, 1, 9], alive: &[true; 3], bonus: 5 };
 /// let selection = select_units(&[layer], Rank::Cost, 2)?;
 /// assert_eq!(selection.keep, [[false, false, true]]);
 /// let selection = select_units(&[layer], Rank::CostPerParameter, 2)?;
 /// assert_eq!(selection.keep, [[false, true, true]]);
+/// assert_eq!(select_units(&[layer], Rank::Cost, 20)?.removed, 9 + 1 + 9 + 5);
 /// # Ok::<(), _core::CoreError>(())
 /// ```
 pub fn select_units(layers: &[UnitLayer<'_>], rank: Rank, target: u64) -> Result<UnitSelection> {
@@ -127,7 +166,10 @@ pub fn select_units(layers: &[UnitLayer<'_>], rank: Rank, target: u64) -> Result
     }
     let dead = layers.iter().map(UnitLayer::dead);
     let dead = dead.fold(Some(0), sum).ok_or(CoreError::Overflow)?;
-    let available = groups.iter().map(Group::weight).fold(Some(dead), sum);
+    let freed: Option<Vec<Freed>> =
+        layers.iter().zip(&groups).map(|(units, group)| Freed::new(units, group)).collect();
+    let freed = freed.ok_or(CoreError::Overflow)?;
+    let available = freed.iter().map(Freed::all).fold(Some(dead), sum);
     let available = available.ok_or(CoreError::Overflow)?;
 
     if dead >= target {
@@ -141,22 +183,27 @@ pub fn select_units(layers: &[UnitLayer<'_>], rank: Rank, target: u64) -> Result
     if available < target {
         return Err(CoreError::Target { requested: target, available });
     }
-    let found = crossing(&mut groups, target, |gone| dead + gone.iter().sum::<u64>());
+    let count = |gone: &[u64]| -> u64 {
+        dead + freed.iter().zip(gone).map(|(freed, &gone)| freed.by(gone)).sum::<u64>()
+    };
+    let found = crossing(&mut groups, target, count);
     drop(groups);
 
-    let mut removed = dead + found.below.iter().sum::<u64>();
+    let mut removed = count(&found.below);
     let mut units_removed = found.count.iter().sum::<usize>() as u64;
     let mut cuts = vec![0; layers.len()];
     for (layer, units) in layers.iter().enumerate() {
         if found.ties[layer] == 0 || removed >= target {
             continue;
         }
+        let mut gone = found.below[layer];
         let ties = units.candidates().filter(|&(_, cost, size)| rank.key(cost, size) == found.key);
         for (index, _, size) in ties {
             if removed >= target {
                 break;
             }
-            removed += size;
+            removed += freed[layer].by(gone + size) - freed[layer].by(gone);
+            gone += size;
             units_removed += 1;
             cuts[layer] = index + 1;
         }
@@ -177,6 +224,7 @@ mod tests {
     use super::*;
     use crate::testing::{cost, on_threads};
 
+    /// Cost, size and life of each unit.
     type Units = Vec<Vec<(f64, u64, bool)>>;
 
     fn units() -> impl Strategy<Value = Units> {
@@ -184,7 +232,24 @@ mod tests {
         prop::collection::vec(prop::collection::vec(unit, 0..12), 0..5)
     }
 
+    /// Few units a layer, so that layers often go as a whole, and a bonus for each.
+    fn units_with_bonus() -> impl Strategy<Value = (Units, Vec<u64>)> {
+        let unit = (cost(), 1_u64..6, prop::bool::weighted(0.8));
+        let bonus = prop_oneof![Just(0), 1_u64..30];
+        let layer = (prop::collection::vec(unit, 0..5), bonus);
+        prop::collection::vec(layer, 0..8).prop_map(|layers| layers.into_iter().unzip())
+    }
+
     fn select(units: &Units, rank: Rank, target: u64) -> Result<UnitSelection> {
+        select_bonus(units, &vec![0; units.len()], rank, target)
+    }
+
+    fn select_bonus(
+        units: &Units,
+        bonus: &[u64],
+        rank: Rank,
+        target: u64,
+    ) -> Result<UnitSelection> {
         let column = |pick: fn(&(f64, u64, bool)) -> f64| -> Vec<Vec<f64>> {
             units.iter().map(|layer| layer.iter().map(pick).collect()).collect()
         };
@@ -194,18 +259,25 @@ mod tests {
         let alive: Vec<Vec<bool>> =
             units.iter().map(|layer| layer.iter().map(|unit| unit.2).collect()).collect();
         let layers: Vec<UnitLayer<'_>> = (0..units.len())
-            .map(|l| UnitLayer { costs: &costs[l], sizes: &sizes[l], alive: &alive[l] })
+            .map(|l| UnitLayer {
+                costs: &costs[l],
+                sizes: &sizes[l],
+                alive: &alive[l],
+                bonus: bonus[l],
+            })
             .collect();
         on_threads(|| select_units(&layers, rank, target))
     }
 
     /// Sorts everything and removes one unit after the other.
-    fn slow(units: &Units, rank: Rank, target: u64) -> Result<UnitSelection> {
+    fn slow(units: &Units, bonus: &[u64], rank: Rank, target: u64) -> Result<UnitSelection> {
         let mut keep: Vec<Vec<bool>> =
             units.iter().map(|layer| layer.iter().map(|unit| unit.2).collect()).collect();
         let removed = |keep: &Vec<Vec<bool>>| -> u64 {
             let pairs = units.iter().flatten().zip(keep.iter().flatten());
-            pairs.filter(|(_, keep)| !**keep).map(|(unit, _)| unit.1).sum()
+            let sizes: u64 = pairs.filter(|(_, keep)| !**keep).map(|(unit, _)| unit.1).sum();
+            let empty = keep.iter().zip(bonus).filter(|(keep, _)| keep.iter().all(|keep| !keep));
+            sizes + empty.map(|(_, bonus)| bonus).sum::<u64>()
         };
         let mut order: Vec<(f64, usize, usize)> = Vec::new();
         for (l, layer) in units.iter().enumerate() {
@@ -240,7 +312,20 @@ mod tests {
             let total: u64 = units.iter().flatten().map(|unit| unit.1).sum();
             let rank = if each { Rank::CostPerParameter } else { Rank::Cost };
             let target = total * part / 100;
-            prop_assert_eq!(select(&units, rank, target), slow(&units, rank, target));
+            prop_assert_eq!(select(&units, rank, target), slow(&units, &vec![0; units.len()], rank, target));
+        }
+
+        #[test]
+        fn the_last_unit_of_a_layer_takes_the_bonus_along(
+            (units, bonus) in units_with_bonus(),
+            part in 0_u64..110,
+            each in any::<bool>(),
+        ) {
+            let total: u64 = units.iter().flatten().map(|unit| unit.1).chain(bonus.iter().copied()).sum();
+            let rank = if each { Rank::CostPerParameter } else { Rank::Cost };
+            let target = total * part / 100;
+            let found = select_bonus(&units, &bonus, rank, target);
+            prop_assert_eq!(found, slow(&units, &bonus, rank, target));
         }
 
         #[test]
@@ -275,7 +360,16 @@ mod tests {
             let huge = vec![vec![(1.0, u64::MAX, alive), (1.0, 1, true)], vec![(1.0, 1, alive)]];
             assert_eq!(select(&huge, Rank::Cost, 1), Err(CoreError::Overflow));
         }
-        let layer = UnitLayer { costs: &[1.0], sizes: &[], alive: &[true] };
+        for alive in [true, false] {
+            let one = vec![vec![(1.0, 1, alive)]];
+            let overflow = select_bonus(&one, &[u64::MAX], Rank::Cost, 1);
+            assert_eq!(overflow, Err(CoreError::Overflow));
+        }
+        let found = select_bonus(&free, &[1], Rank::Cost, 0);
+        assert!(matches!(found, Err(CoreError::Argument(_))));
+        assert_eq!(select_bonus(&dead, &[1], Rank::Cost, 1).map(|s| s.removed), Ok(1));
+        assert_eq!(select_bonus(&vec![vec![]], &[3], Rank::Cost, 3).map(|s| s.removed), Ok(3));
+        let layer = UnitLayer { costs: &[1.0], sizes: &[], alive: &[true], bonus: 0 };
         let length = CoreError::Length { layer: 0, what: "sizes", expected: 1, found: 0 };
         assert_eq!(select_units(&[layer], Rank::Cost, 1), Err(length));
     }
