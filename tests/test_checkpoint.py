@@ -231,7 +231,7 @@ def test_the_report_has_the_contracts_fields(checkpoint: Path, tmp_path: Path, t
     for shot in report["shots"]:
         assert set(shot) == {
             *("shot", "target_sparsity", "sparsity", "units", "threshold", "predicted_loss_increase", "loss_before"),
-            *("loss_after", "perplexity", "seconds", "peak_memory_bytes", "damping_events"),
+            *("loss_after", "perplexity", "seconds", "peak_memory_bytes", "damping_events", "heal"),
         }
         assert set(shot["seconds"]) == {"curvature", "costs", "select", "update", "evaluate", "save"}
         assert shot["loss_after"] is not None

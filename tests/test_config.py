@@ -69,12 +69,16 @@ def test_one_budget_and_a_default() -> None:
 
 
 def test_digest_covers_what_decides_the_result() -> None:
-    base = PruneConfig()
     for field in dataclasses.fields(PruneConfig):
+        base = PruneConfig()
         changed = {"model": "x", "structure": "rows", "method": "k-obd", "calibration": "x", "test_data": "x"}
         changed |= {"device": "cpu", "precision": "float64", "target_size": "1GB"}  # type: ignore[dict-item]
+        changed |= {"curvature": "kron", "fisher": "mc", "update": "none", "rank_by": "cost-per-parameter"}
+        changed |= {"heal": True}  # type: ignore[dict-item]
         value = changed.get(field.name, 7 if "damping" not in field.name and field.name != "sparsity" else 0.5)
-        budget = {"sparsity": None} if field.name.startswith("target_") else {}
+        budget: dict[str, object] = {"sparsity": None} if field.name.startswith("target_") else {}
+        if field.name == "kronecker_terms":
+            base, value = PruneConfig(curvature="kron"), 2
         other = dataclasses.replace(base, **{**budget, field.name: value})
         same = field.name in {"device", "batch_tokens"}
         assert (other.digest() == base.digest()) is same, field.name

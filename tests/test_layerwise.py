@@ -248,6 +248,16 @@ def test_sparsegpt_keeps_old_zeros_and_counts_them(pattern: tuple[int, int] | No
     assert torch.equal(sparsegpt(first, A, fraction=0.1, pattern=None), first)
 
 
+def test_old_zeros_stay_where_there_are_more_than_are_asked_for() -> None:
+    """Errors from a block that loses weights must not fill a later one that has lost more already."""
+    W, A = problem(8, 16)
+    W[:, 8:] *= torch.rand(8, 8, generator=seeded(9)) > 0.75
+    new = sparsegpt(W, A, fraction=0.5, pattern=None, block=8)
+    assert int((new[:, :8] == 0).sum()) == 32 < int((W[:, 8:] == 0).sum())
+    assert torch.equal(new[:, 8:] == 0, W[:, 8:] == 0)
+    torch.testing.assert_close(new, oracle.eliminate(W, dense.damped(A, 0.01), new != 0), rtol=1e-9, atol=1e-11)
+
+
 def test_dead_inputs_go_first_and_touch_nothing_else() -> None:
     W, A = problem(4, 10)
     dead = [2, 7]

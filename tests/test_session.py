@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from surgeon.config import PruneConfig
 from surgeon.curvature import kfac
 from surgeon.data import Windows
+from surgeon.errors import ConfigError
 from surgeon.models import LoadedModel, match_layers
 from surgeon.session import Session
 from tests.conftest import VOCABULARY, tiny_llama, tiny_opt
@@ -175,3 +176,102 @@ def test_result_does_not_depend_on_the_batch_size(tiny: PreTrainedModel) -> None
     assert ledgers[0] == ledgers[1]
     for x, y in zip(a.layers, b.layers, strict=True):
         torch.testing.assert_close(x.read(torch.float64), y.read(torch.float64), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "neurons", "weights", "2:4"])
+@pytest.mark.parametrize(
+    "curvature",
+    [
+        {"curvature": "kron"},
+        {"curvature": "kron", "kronecker_terms": 2, "damping_g": 1.0, "damping_a": 1.0},
+        {"curvature": "activations"},
+        {"fisher": "mc", "fisher_samples": 2},
+        {"method": "k-obd", "curvature": "kron", "kronecker_terms": 3},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_curvature_prunes_every_structure(structure: str, curvature: dict[str, object]) -> None:
+    state = session(tiny_llama(), structure=structure, sparsity=0.3, shots=1, **curvature).run()
+    assert 0.3 <= state.ledger.sparsity < 0.34
+    assert state.shots[0].predicted_loss_increase is not None
+    assert 0 < state.shots[0].predicted_loss_increase < 100
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "neurons", "weights"])
+def test_two_terms_reach_the_dense_optimum(structure: str) -> None:
+    """With F = G₁⊗A₁ + G₂⊗A₂ what stays is the optimum of that model, by a dense solve."""
+    from surgeon.curvature import CurvatureOptions, kron
+
+    settings = {"structure": structure, "curvature": "kron", "kronecker_terms": 2, "damping_g": 1.0, "damping_a": 1.0}
+    run = session(tiny_llama(), shots=1, sparsity=0.3, **settings)
+    before = [layer.read(torch.float64) for layer in run.layers]
+    factors = kron(
+        run.model,
+        run.layers,
+        windows(),
+        batch_tokens=2048,
+        accumulate=torch.float64,
+        advance=lambda _n: None,
+        options=CurvatureOptions(terms=2),
+    )
+    run.run()
+    for W, layer, found in zip(before, run.layers, factors.layers, strict=True):
+        new = layer.read(torch.float64)
+        kept = (new != 0).flatten().nonzero().flatten()
+        if W.numel() > 256 or not found.more or kept.numel() == W.numel():
+            continue
+        assert found.A_CC is not None
+        assert found.G_RR is not None
+        F = torch.kron(damped(found.G_RR, 1.0), damped(found.A_CC, 1.0)) + torch.kron(*found.more[0])
+        expected = torch.zeros(W.numel(), dtype=torch.float64)
+        expected[kept] = torch.linalg.solve(F[kept[:, None], kept], (F @ W.flatten())[kept])
+        D, least = (new - W).flatten(), expected - W.flatten()
+        assert float(D @ F @ D) <= 1.01 * float(least @ F @ least)
+
+
+def test_rounds_use_one_curvature_and_meet_the_target(tiny: PreTrainedModel) -> None:
+    """Rounds without new curvature: the second starts from the first's optimum, so predictions add up."""
+    run = session(tiny, sparsity=0.3, shots=2, rounds=3)
+    state = run.run()
+    assert [round(record.target_sparsity, 2) for record in state.shots] == [0.15, 0.3]
+    assert all(record.sparsity >= record.target_sparsity for record in state.shots)
+    assert len(state.ledger.history) == 6
+    assert state.shots[0].units > 0
+
+
+def test_rounds_remove_what_one_round_would_have_regretted() -> None:
+    """Costs looked at again after part has gone: the model's predicted increase is lower for the same target."""
+    once, often = (
+        session(tiny_llama(), structure="neurons", sparsity=0.4, shots=1, rounds=rounds) for rounds in (1, 8)
+    )
+    predicted = [run.run().shots[0].predicted_loss_increase for run in (once, often)]
+    assert predicted[0] is not None
+    assert predicted[1] is not None
+    assert predicted[1] < predicted[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"structure": "rows", "method": "wanda"}, "wanda prunes single weights"),
+        ({"structure": "neurons", "method": "sparsegpt"}, "sparsegpt prunes single weights"),
+        ({"method": "magnitude", "curvature": "kfac"}, "magnitude uses identity curvature, not kfac"),
+        ({"method": "l-obd", "curvature": "kron"}, "l-obd uses activations curvature, not kron"),
+        ({"method": "k-obd", "update": "joint"}, "k-obd updates nothing"),
+        ({"structure": "weights", "method": "sparsegpt", "update": "none"}, "sparsegpt has an update of its own"),
+        ({"structure": "rows", "update": "chunked"}, "--update chunked is for weights and N:M"),
+        ({"kronecker_terms": 2}, "kfac curvature has one Kronecker term"),
+        ({"curvature": "kron", "kronecker_terms": 3}, "one or two Kronecker terms"),
+        ({"curvature": "kron", "kronecker_terms": 2, "structure": "heads"}, "heads need one Kronecker term"),
+        ({"method": "l-obd", "fisher": "mc"}, "needs no gradients"),
+        ({"structure": "2:4", "sparsity": 0.6}, "2:4 removes at most 0.5"),
+        ({"structure": "2:4", "method": "wanda", "shots": 2}, "prunes every group of 2:4 at once"),
+        ({"structure": "weights", "rank_by": "cost"}, "all units of weights are of one size"),
+        ({"structure": "4:2"}, "4:2 is no pattern"),
+        ({"structure": "rows,heads"}, "unknown structure"),
+    ],
+)
+def test_what_has_no_meaning_together_is_one_line(settings: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as caught:
+        PruneConfig(**settings)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

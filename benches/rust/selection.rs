@@ -53,8 +53,10 @@ fn units(c: &mut Criterion) {
     group.bench_function("rows and columns", |b| {
         b.iter(|| select_rows_columns(black_box(&matrices), both, half).unwrap());
     });
-    let groups: Vec<UnitLayer<'_>> =
-        rows.iter().map(|costs| UnitLayer { costs, sizes: &sizes, alive: &alive }).collect();
+    let groups: Vec<UnitLayer<'_>> = rows
+        .iter()
+        .map(|costs| UnitLayer { costs, sizes: &sizes, alive: &alive, bonus: 0 })
+        .collect();
     let half = (LAYERS * side * 128 / 2) as u64;
     group.throughput(Throughput::Elements((LAYERS * side) as u64));
     for (name, rank) in [("by cost", Rank::Cost), ("per parameter", Rank::CostPerParameter)] {

@@ -123,7 +123,14 @@ def prune_command(
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(help="Rounds of curvature and removal.", show_default=f"{DEFAULT_SHOTS}; 1 for sparsegpt, wanda"),
+        typer.Option(
+            help="Estimates of the curvature, each followed by removal.",
+            show_default=f"{DEFAULT_SHOTS}; 1 for sparsegpt, wanda",
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Selections a shot, with the same curvature.", show_default=_default("rounds")),
     ] = None,
     calibration: Annotated[
         str | None,

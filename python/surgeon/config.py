@@ -56,8 +56,10 @@ class PruneConfig:
         chunk: weights of one solve of ``chunked``.
         rank_by: what units are ranked by, ``cost`` or ``cost-per-parameter``; None means per parameter for
             neurons and heads, else by cost.
-        shots: over how many rounds of curvature, selection and update the removal is spread; None means
+        shots: over how many estimates of the curvature the removal is spread; None means
             8, or 1 for the layer-wise methods.
+        rounds: over how many rounds of costs, selection and update each shot's removal is spread, all with
+            the shot's one curvature.
         calibration: calibration text (see :mod:`surgeon.data`).
         samples: number of calibration windows.
         sequence_length: tokens a window, for calibration and for evaluation; None means 2048, or as
@@ -91,6 +93,7 @@ class PruneConfig:
     chunk: int = 2000
     rank_by: str | None = None
     shots: int | None = None
+    rounds: int = 1
     calibration: str = "wiki-mini"
     samples: int = 128
     sequence_length: int | None = None
@@ -141,6 +144,7 @@ class PruneConfig:
         for name, least in (
             ("shots", 1),
             ("samples", 1),
+            ("rounds", 1),
             ("sequence_length", 2),
             ("batch_tokens", 1),
             ("seed", 0),

@@ -53,7 +53,7 @@ class HealSettings:
 
     Attributes:
         rank: r, of every adapter.
-        learning_rate: of Adam, the same at every step; the paper's is 1e-4.
+        learning_rate: of Adam at the first step, falling to zero in a straight line.
         epochs: passes over the windows that are not held out; a fraction takes so much of them.
         step_windows: windows a step.
         seed: draws the adapters, the held out windows and the order. Give every fit of a run its own,
@@ -244,7 +244,7 @@ class _MaskedLinear(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         fit = self._fit
-        out: Tensor = _MaskedProduct.apply(X, fit.layer.weight, fit.keep.mask, fit.A, fit.B)  # type: ignore[no-untyped-call]
+        out: Tensor = _MaskedProduct.apply(X, fit.layer.weight, fit.keep.mask, fit.A, fit.B)
         return out if fit.layer.bias is None else out + fit.layer.bias
 
 
@@ -318,12 +318,14 @@ def _fit(
 ) -> int:
     """Adam over the visits; returns how many steps it took."""
     optimiser = torch.optim.Adam([adapter for fit in fits for adapter in (fit.A, fit.B)], lr=settings.learning_rate)
-    steps = 0
-    for first in range(0, len(visits), settings.step_windows):
-        chosen = visits[first : first + settings.step_windows]
+    size = settings.step_windows
+    steps = math.ceil(len(visits) / size)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * (1.0 - step / steps)
+        chosen = visits[step * size : (step + 1) * size]
         part = _take(windows, chosen)
         predicted = max(1, int((shifted_labels(part.ids, part.mask) != IGNORED).sum()))
-        steps += 1
         for batch in part.batches(batch_tokens):
             ids_BT = batch.ids.to(model.device)
             mask_BT = None if batch.mask is None else batch.mask.to(model.device)
@@ -332,7 +334,7 @@ def _fit(
                 loss = next_token_loss_sum(logits, ids_BT, mask_BT)[0] / predicted
                 if not math.isfinite(loss.item()):
                     window = int(chosen[batch.first])
-                    message = f"the loss of step {steps} of healing is not finite, at calibration window {window}"
+                    message = f"the loss of step {step + 1} of healing is not finite, at calibration window {window}"
                     raise NonFiniteError(message, index=window)
                 loss.backward()  # type: ignore[no-untyped-call]
             advance(ids_BT.shape[0])

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from surgeon.layers import PrunableLayer
     from surgeon.structures import NMPattern, Structure
 
-__all__ = ["Books", "ElementLedger", "Ledger", "most_removable", "open_books", "read_books", "shot_targets"]
+__all__ = [
+    "Books",
+    "ElementLedger",
+    "Ledger",
+    "most_removable",
+    "open_books",
+    "read_books",
+    "round_targets",
+    "shot_targets",
+]
 
 Books = Ledger | ElementLedger
 
@@ -69,3 +78,9 @@ def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_para
     else:
         target = _core.removal_target(prunable, config.sparsity or 0.0)
     return _core.linear_schedule(prunable, target, config.shot_count)
+
+
+def round_targets(books: Books, target: int, rounds: int) -> list[int]:
+    """Parameters gone after each round of a shot that ends at ``target``, in equal steps from where it stands."""
+    left = max(target - books.removed, 0)
+    return [books.removed + step for step in _core.linear_schedule(books.total, left, rounds)]

@@ -19,7 +19,7 @@ from surgeon.layerwise import prune_blocks
 from surgeon.models import precision_dtype
 from surgeon.operations import LayerwiseShot, begin_shot
 from surgeon.progress import Observer
-from surgeon.schedule import ElementLedger, open_books, shot_targets
+from surgeon.schedule import ElementLedger, open_books, round_targets, shot_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,29 +151,30 @@ class Session:
         return record
 
     def _global(self, record: ShotRecord, target: int) -> None:
-        """Curvature and costs of all layers, one selection over them, then the updates."""
+        """One curvature, then costs of all layers, a selection over them and the updates, in rounds."""
         ledger = self.state.ledger
         factors = self._curvature(record)
-        operations = begin_shot(self._matched, self.model.config, self.config, ledger)
-        with self._timed(record, "costs", len(self.layers)):
-            for index, layer in enumerate(self.layers):
-                operations.measure(index, layer.read(self._dtype), factors.layers[index])
-                self._observer.advance(1, layer.name)
-        with self._timed(record, "select", 1):
-            selected = operations.select(target)
-            self._observer.advance(1)
         predicted = 0.0
-        with self._timed(record, "update", len(self.layers)):
-            for index, layer in enumerate(self.layers):
-                applied = operations.apply(index, layer.read(self._dtype), factors.layers[index])
-                layer.write(applied.W_RC)
-                predicted += applied.predicted_increase
-                self._observer.advance(1, layer.name)
-        operations.commit(ledger)
-        record.units = selected.units
-        record.threshold = selected.threshold if selected.units else None
+        for step in round_targets(ledger, target, self.config.rounds):
+            operations = begin_shot(self._matched, self.model.config, self.config, ledger)
+            with self._timed(record, "costs", len(self.layers)):
+                for index, layer in enumerate(self.layers):
+                    operations.measure(index, layer.read(self._dtype), factors.layers[index])
+                    self._observer.advance(1, layer.name)
+            with self._timed(record, "select", 1):
+                selected = operations.select(step)
+                self._observer.advance(1)
+            with self._timed(record, "update", len(self.layers)):
+                for index, layer in enumerate(self.layers):
+                    applied = operations.apply(index, layer.read(self._dtype), factors.layers[index])
+                    layer.write(applied.W_RC)
+                    predicted += applied.predicted_increase
+                    self._observer.advance(1, layer.name)
+            operations.commit(ledger)
+            record.units += selected.units
+            record.threshold = selected.threshold if selected.units else record.threshold
+            record.damping_events += [dataclasses.asdict(event) for event in operations.damping_events]
         record.predicted_loss_increase = predicted if self.config.method_value.needs_data else None
-        record.damping_events = [dataclasses.asdict(event) for event in operations.damping_events]
 
     def _layerwise(self, record: ShotRecord, target: int) -> None:
         """Block after block, each on the inputs that the pruned blocks before it give."""
@@ -193,6 +194,7 @@ class Session:
                 accumulate=self._dtype,
             )
         record.units = shot.commit(ledger)
+        record.damping_events = [dataclasses.asdict(event) for event in shot.damping_events]
 
     def _heal(self, record: ShotRecord, epochs: float) -> None:
         """Fit low-rank adapters on what is left and merge them; what is zero stays zero."""
@@ -264,7 +266,7 @@ class Session:
         yield
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        record.seconds[name] = time.perf_counter() - begun
+        record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgeon.costs import row_energy
+from surgeon.kronsum import sum_product
 from surgeon.linalg import inverse_columns
 
 if TYPE_CHECKING:
@@ -111,10 +112,10 @@ def remove_elements(
     X = W_RC * M
     # Residual of the normal equations on the kept weights: M∘(G (W − X) A).
     D = W_RC - X
-    GDA = kronecker_product(terms, D)
+    GDA = sum_product(terms, D)
     increase = 0.5 * float((D * GDA).sum())
     increases = [increase]
-    residual = GDA.mul_(M)
+    residual = M * GDA
     preconditioner = M / _kronecker_diagonal(terms, W_RC)
     Z = preconditioner * residual
     P = Z.clone()
@@ -122,13 +123,13 @@ def remove_elements(
     for _ in range(steps):
         if rho <= 0.0:
             break
-        GPA = kronecker_product(terms, P)
+        GPA = sum_product(terms, P)
         curvature = float((P * GPA).sum())
         if curvature <= 0.0:
             break
         alpha = rho / curvature
         X.add_(P, alpha=alpha)
-        residual.sub_(GPA.mul_(M), alpha=alpha)
+        residual.sub_(M * GPA, alpha=alpha)
         # f(X + αP) = f(X) − α⟨r, P⟩ + ½α²⟨P, GPA⟩ = f(X) − ½ ρ²/⟨P, GPA⟩.
         increase -= 0.5 * rho * rho / curvature
         increases.append(increase)
@@ -171,17 +172,6 @@ def remove_elements_chunked(
         Z[r, c] = torch.cholesky_solve(w, torch.linalg.cholesky(system)).squeeze(1)
     new = W_RC - (G_inverse.to(Z.dtype) @ Z @ A_inverse.to(Z.dtype)).to(W_RC.dtype)
     return new * keep_RC
-
-
-def kronecker_product(terms: Sequence[tuple[Tensor | None, Tensor | None]], P_RC: Tensor) -> Tensor:
-    """``Σ G P A``, a new tensor ``[R, C]``; None is the identity."""
-    total: Tensor | None = None
-    for G_RR, A_CC in terms:
-        part = P_RC if G_RR is None else G_RR @ P_RC
-        part = part if A_CC is None else part @ A_CC
-        total = part if total is None else total + part
-    assert total is not None, "at least one term"
-    return total.clone() if total is P_RC else total
 
 
 def _kronecker_diagonal(terms: Sequence[tuple[Tensor | None, Tensor | None]], W_RC: Tensor) -> Tensor:

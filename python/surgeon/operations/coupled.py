@@ -16,7 +16,7 @@ from surgeon.operations.solvers import Alive, Solvers, find_alive, lower, sub_fa
 from surgeon.schedule import Ledger
 from surgeon.select import UnitCosts, select_units
 from surgeon.structures import Update
-from surgeon.update import remove_columns
+from surgeon.update import remove_columns, remove_elements
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,9 +88,11 @@ class CoupledShot(ShotOperations):
             self._costs[number] = part
 
     def _column_costs(self, index: int, W: Tensor, factors: SubFactors) -> Tensor:
-        if self._obs:
-            return costs.column_costs_obs(W, factors.G_RR, self._solvers.a_inverse(index, factors))
-        return costs.column_costs_obd(W, factors.A_CC, factors.G_RR)
+        if not self._obs:
+            return torch.stack([costs.column_costs_obd(W, A, G) for G, A in factors.terms]).sum(0)
+        if factors.more:
+            return self._solvers.two_terms(index, factors).column_costs(W)
+        return costs.column_costs_obs(W, factors.G_RR, self._solvers.a_inverse(index, factors))
 
     def _set_costs(self, index: int, W: Tensor, factors: SubFactors, sets: list[Tensor]) -> Tensor:
         if not self._obs:
@@ -146,18 +148,25 @@ class CoupledShot(ShotOperations):
             removed = gone[alive.columns].nonzero().flatten()
             if removed.numel():
                 W, sub = alive.take(W_RC), sub_factors(factors, alive)
-                if self._update:
-                    removal = remove_columns(W, lower(self._solvers.a(index, sub)), sub.G_RR, removed)
-                    W_new, increase = removal.W_RC, float(removal.cost)
-                else:
-                    W_new = W.index_fill(1, removed, 0.0)
-                    increase = float(costs.quadratic_increase(W_new - W, sub.A_CC, sub.G_RR))
+                W_new, increase = self._without(index, W, sub, removed)
                 alive.put(W_new, new)
             new[:, gone] = 0.0
         rows = self._gone_rows.get(index)
         if rows is not None:
             new[rows.to(W_RC.device)] = 0.0
         return Applied(new, increase)
+
+    def _without(self, index: int, W: Tensor, factors: SubFactors, columns: Tensor) -> tuple[Tensor, float]:
+        """Weights without some columns, and what that is predicted to cost."""
+        if self._update and not factors.more:
+            removal = remove_columns(W, lower(self._solvers.a(index, factors)), factors.G_RR, columns)
+            return removal.W_RC, float(removal.cost)
+        if self._update:
+            keep = torch.ones_like(W, dtype=torch.bool).index_fill_(1, columns, value=False)
+            new = remove_elements(W, keep, self._solvers.damped_terms(index, factors)).W_RC
+        else:
+            new = W.index_fill(1, columns, 0.0)
+        return new, factors.increase(new - W)
 
     def commit(self, books: Books) -> None:
         """Enter the masks into the ledger."""

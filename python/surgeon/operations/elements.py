@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from surgeon import costs
 from surgeon.errors import PatternError
 from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
 from surgeon.operations.solvers import Alive, Solvers, find_alive, lower, sub_factors
@@ -51,6 +50,7 @@ class ElementsShot(ShotOperations):
         self._solvers = Solvers(layers, config)
         self._alive: list[Alive] = []
         self._importance: list[list[tuple[Tensor, Tensor]]] = []
+        self._table: dict[int, Tensor] = {}
         self._dead = 0
         self._selection: ElementSelection | None = None
 
@@ -63,19 +63,22 @@ class ElementsShot(ShotOperations):
         """What a layer's costs are made from: a vector over its rows and one over its columns."""
         alive = find_alive(W_RC, factors)
         self._alive.append(alive)
-        self._importance.append([] if alive.none else self._vectors(index, W_RC, sub_factors(factors, alive), alive))
+        sub = sub_factors(factors, alive)
+        if self._obs and sub.more and not alive.none:
+            inverse = self._solvers.two_terms(index, sub).element_inverse_diagonal()
+            self._table[index] = alive.put(inverse.reciprocal().to(W_RC.dtype), torch.zeros_like(W_RC))
+        self._importance.append([] if alive.none else self._vectors(index, W_RC, sub, alive))
         self._dead += W_RC.numel() - int(self._standing(index, W_RC).sum())
 
     def _vectors(self, index: int, W_RC: Tensor, sub: SubFactors, alive: Alive) -> list[tuple[Tensor, Tensor]]:
         pairs: list[tuple[Tensor | None, Tensor | None]]
+        if index in self._table:
+            return []
         if self._obs:
             g, a = self._solvers.g_inverse(index, sub), self._solvers.a_inverse(index, sub)
             pairs = [(None if g is None else g.reciprocal(), None if a is None else a.reciprocal())]
         else:
-            pairs = [
-                (None if G is None else G.diagonal(), None if A is None else A.diagonal())
-                for G, A in ((sub.G_RR, sub.A_CC), *sub.more)
-            ]
+            pairs = [(None if G is None else G.diagonal(), None if A is None else A.diagonal()) for G, A in sub.terms]
         return [(_spread(r, alive.rows, W_RC), _spread(c, alive.columns, W_RC)) for r, c in pairs]
 
     def _standing(self, index: int, W_RC: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class ElementsShot(ShotOperations):
 
     def _costs(self, index: int, W_RC: Tensor) -> ElementCosts:
         standing = self._standing(index, W_RC)
-        scale = torch.zeros_like(W_RC)
+        scale = self._table[index].clone() if index in self._table else torch.zeros_like(W_RC)
         for r, c in self._importance[index]:
             scale.addr_(r, c)
         cost = scale.mul_(W_RC).mul_(W_RC).mul_(0.5)
@@ -125,8 +128,7 @@ class ElementsShot(ShotOperations):
         if not alive.none:
             W, sub = alive.take(W_RC), sub_factors(factors, alive)
             W_new = self._updated(index, W, alive.take(keep), sub)
-            terms = ((sub.G_RR, sub.A_CC), *sub.more)
-            increase = sum(float(costs.quadratic_increase(W_new - W, A, G)) for G, A in terms)
+            increase = sub.increase(W_new - W)
             alive.put(W_new, new)
         if self._pattern is not None:
             self._check_groups(index, new, gone)
@@ -140,7 +142,7 @@ class ElementsShot(ShotOperations):
         if update is Update.CHUNKED:
             G, A = lower(self._solvers.g(index, sub)), lower(self._solvers.a(index, sub))
             return remove_elements_chunked(W, keep, G, A, chunk=self._config.chunk)
-        return remove_elements(W, keep, (self._solvers.damped(index, sub), *sub.more)).W_RC
+        return remove_elements(W, keep, self._solvers.damped_terms(index, sub)).W_RC
 
     def _check_groups(self, index: int, W_RC: Tensor, gone: Tensor) -> None:
         pattern, layer = self._pattern, self._layers[index]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgeon.layerwise import input_norms, sparsegpt, wanda_mask, wanda_nm_mask
+from surgeon.layerwise import InverseFactor, eliminate, input_norms, inverse_factor, wanda_mask, wanda_nm_mask
+from surgeon.operations.base import DampingEvent
 from surgeon.structures import Method
 
 if TYPE_CHECKING:
@@ -31,17 +32,19 @@ class LayerwiseShot:
         self._config = config
         self._pattern = config.structure_value.pattern
         self._fraction = target / sum(layer.rows * layer.inputs for layer in layers)
+        # The last one only: layers that share their inputs follow each other.
+        self._factor: tuple[Tensor, InverseFactor] | None = None
+        self.damping_events: list[DampingEvent] = []
 
     def prune_layer(self, index: int, W_RC: Tensor, A_CC: Tensor) -> Tensor:
         """New weights of a layer; weights and inputs' second moment without the bias."""
         name, pattern = self._layers[index].name, self._pattern
         if self._config.method_value is Method.SPARSEGPT:
-            return sparsegpt(
+            return eliminate(
                 W_RC,
-                A_CC,
+                self._inverse_factor(A_CC, name),
                 fraction=self._fraction if pattern is None else None,
                 pattern=None if pattern is None else (pattern.keep, pattern.group),
-                damping=self._config.damping_a,
                 layer=name,
             )
         norms = input_norms(A_CC)
@@ -50,6 +53,14 @@ class LayerwiseShot:
         else:
             keep = wanda_nm_mask(W_RC, norms, pattern.keep, pattern.group, layer=name)
         return W_RC * keep
+
+    def _inverse_factor(self, A_CC: Tensor, name: str) -> InverseFactor:
+        if self._factor is None or self._factor[0] is not A_CC:
+            self._factor = (A_CC, inverse_factor(A_CC, self._config.damping_a, layer=name))
+        found = self._factor[1]
+        if found.ladder_step:
+            self.damping_events.append(DampingEvent(name, "A", found.asked, found.relative, found.ladder_step))
+        return found
 
     def commit(self, books: ElementLedger) -> int:
         """Enter what went into the books; returns how many weights went now."""

@@ -12,7 +12,7 @@ from surgeon.operations.solvers import Alive, Solvers, SubFactors, close, find_a
 from surgeon.schedule import Ledger
 from surgeon.select import RowColumnCosts, RowColumnSelection, select_rows_columns
 from surgeon.structures import Update
-from surgeon.update import remove_columns, remove_rows
+from surgeon.update import remove_columns, remove_elements, remove_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,11 @@ class RowsColumnsShot(ShotOperations):
     def _unit_costs(self, index: int, W: Tensor, factors: SubFactors) -> tuple[Tensor, Tensor]:
         A, G = factors.A_CC, factors.G_RR
         if not self._obs:
-            return costs.row_costs_obd(W, A, G), costs.column_costs_obd(W, A, G)
+            rows = torch.stack([costs.row_costs_obd(W, a, g) for g, a in factors.terms]).sum(0)
+            return rows, torch.stack([costs.column_costs_obd(W, a, g) for g, a in factors.terms]).sum(0)
+        if factors.more:
+            both = self._solvers.two_terms(index, factors)
+            return both.row_costs(W), both.column_costs(W)
         a_inverse, g_inverse = self._solvers.a_inverse(index, factors), self._solvers.g_inverse(index, factors)
         return costs.row_costs_obs(W, A, g_inverse), costs.column_costs_obs(W, G, a_inverse)
 
@@ -99,10 +103,18 @@ class RowsColumnsShot(ShotOperations):
             W, increase = self._joint(index, W, sub, rows, columns)
         else:
             W_old, W = W, W.index_fill(0, rows, 0.0).index_fill_(1, columns, 0.0)
-            increase = float(costs.quadratic_increase(W - W_old, sub.A_CC, sub.G_RR))
+            increase = sub.increase(W - W_old)
         return Applied(alive.put(W, new), increase)
 
     def _joint(self, index: int, W: Tensor, factors: SubFactors, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
+        if factors.more:  # no closed form: the same optimum by conjugate gradients
+            keep = (
+                torch.ones_like(W, dtype=torch.bool)
+                .index_fill_(0, rows, value=False)
+                .index_fill_(1, columns, value=False)
+            )
+            new = remove_elements(W, keep, self._solvers.damped_terms(index, factors)).W_RC
+            return new, factors.increase(new - W)
         increase = 0.0
         if rows.numel():
             removal = remove_rows(W, lower(self._solvers.g(index, factors)), factors.A_CC, rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgeon.costs import quadratic_increase
+from surgeon.kronsum import two_terms
 from surgeon.linalg import Cholesky, damped_cholesky, inverse_diagonal, solve_dtype
 from surgeon.operations.base import DampingEvent
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from surgeon.config import PruneConfig
     from surgeon.curvature import LayerFactors
+    from surgeon.kronsum import TwoTerms
     from surgeon.layers import PrunableLayer
 
 
@@ -80,6 +83,15 @@ class SubFactors:
     a_key: tuple[str, bytes]
     more: tuple[tuple[Tensor, Tensor], ...] = ()
 
+    @property
+    def terms(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """``(G, A)`` of every Kronecker term."""
+        return ((self.G_RR, self.A_CC), *self.more)
+
+    def increase(self, D_RC: Tensor) -> float:
+        """What the quadratic model says that a change of the weights costs, nats a token."""
+        return sum(float(quadratic_increase(D_RC, A_CC, G_RR)) for G_RR, A_CC in self.terms)
+
 
 def sub_factors(factors: LayerFactors, alive: Alive) -> SubFactors:
     """The factors of the alive sub-matrix; the very same tensors where all is alive."""
@@ -137,8 +149,8 @@ class Solvers:
             self._last_inverse = inverse_diagonal(cholesky.L_nn)
         return self._last_inverse
 
-    def damped(self, index: int, factors: SubFactors) -> tuple[Tensor | None, Tensor | None]:
-        """``(G, A)`` with the damping that their Cholesky factors got."""
+    def damped_terms(self, index: int, factors: SubFactors) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """``(G, A)`` of every term, the first with the damping that its Cholesky factors got."""
         damped: list[Tensor | None] = []
         for M_nn, cholesky in ((factors.G_RR, self.g(index, factors)), (factors.A_CC, self.a(index, factors))):
             if M_nn is None or cholesky is None:
@@ -147,7 +159,12 @@ class Solvers:
             added = M_nn.clone()
             added.diagonal().add_(cholesky.damping)
             damped.append(added)
-        return damped[0], damped[1]
+        return ((damped[0], damped[1]), *factors.more)
+
+    def two_terms(self, index: int, factors: SubFactors) -> TwoTerms:
+        """The sum of two Kronecker products, the first damped, diagonalised for its inverse."""
+        first, second = self.damped_terms(index, factors)
+        return two_terms(_both(first), _both(second), layer=self._layers[index].name)
 
     def forget(self) -> None:
         """Drop what is held."""
@@ -176,6 +193,11 @@ def _take(M_nn: Tensor, alive: Tensor) -> Tensor:
         return M_nn
     index = alive.nonzero().flatten()
     return M_nn[index[:, None], index[None, :]]
+
+
+def _both(term: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+    assert term[0] is not None and term[1] is not None, "sums have no identity factors"  # noqa: PT018
+    return term[0], term[1]
 
 
 def lower(cholesky: Cholesky | None) -> Tensor | None:
