@@ -141,12 +141,11 @@ def test_set_cost_of_a_head_is_the_optimum_by_brute_force() -> None:
         assert one.A_CC is not None
         assert one.G_RR is not None
         A = damped(one.A_CC, 0.01)
-        for unit, columns in enumerate(group.columns):
+        for columns in group.columns:
             keep = torch.ones_like(W, dtype=torch.bool)
             keep[:, columns] = False
             change = kkt_optimum(W, keep, one.G_RR + 1e-12 * torch.eye(len(W), dtype=W.dtype), A) - W
             found[group.block, int(columns[0])] = quadratic(change, one.G_RR, A)
-        del unit
     state = run.run()
     assert isinstance(state.ledger, Ledger)
     cheapest = min(found, key=lambda key: found[key])

@@ -173,16 +173,18 @@ def test_few_iterations_are_nearer_than_kfac_and_every_term_helps(make: Make) ->
 
 
 def test_two_iterations_of_two_terms_leave_little_more_than_the_best(tiny: PreTrainedModel) -> None:
-    """The start of the second term is worth iterations: what is left after two is close to the optimum."""
+    """The start of the second term is worth iterations: K-FAC's A in its place misses both bounds in one family."""
     model = tiny.double().requires_grad_(False)
     data = windows(6, 12, VOCABULARY)
     pairs = token_pairs(model, modules(model), list(data.ids))
     found = estimate("kron", model, data, terms=2)
+    ratios = []
     for (a, g), factors in zip(pairs.values(), found.layers, strict=True):
-        # Rank-1 pieces of vec(g gᵀ) vec(a aᵀ)ᵀ, without the dense Fisher.
-        R = torch.einsum("ni,nj,nk,nl->ijkl", g, g, a, a) / len(a)
-        R = R.reshape(g.shape[1] ** 2, a.shape[1] ** 2)
-        assert float((R - rearranged(factors)).norm()) < 1.15 * float((R - truncated(R, 2)).norm())
+        # The rearranged Fisher at once: its dense form would not fit a test.
+        R = torch.einsum("ni,nj,nk,nl->ijkl", g, g, a, a).reshape(g.shape[1] ** 2, a.shape[1] ** 2) / len(a)
+        ratios.append(float((R - rearranged(factors)).norm() / torch.linalg.svdvals(R)[2:].norm()))
+    assert max(ratios) < 1.11
+    assert sum(ratios) / len(ratios) < 1.02
 
 
 @MINUTE

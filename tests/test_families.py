@@ -220,11 +220,10 @@ def test_removing_a_unit_is_removing_its_columns(model: PreTrainedModel) -> None
     assert torch.equal(logits(model), dense)
 
 
-def test_without_its_sources_a_unit_is_gone(model: PreTrainedModel) -> None:
-    matched, groups = groups_of(model)
+def check_sources(model: PreTrainedModel, matched: Matched, groups: tuple[UnitGroup, ...]) -> None:
+    """Each part alone makes a unit zero."""
     state = copy.deepcopy(model.state_dict())
     for group in groups:
-        assert group.sources
         chosen = torch.tensor([1, group.units - 1]) if group.kind == "neuron" else torch.arange(group.units)
         zero(matched.layers[group.output], columns=group.columns[chosen])
         expected = logits(model)
@@ -232,8 +231,15 @@ def test_without_its_sources_a_unit_is_gone(model: PreTrainedModel) -> None:
         for part in group.sources:
             # Values are one group's: shared by its heads.
             zero(matched.layers[part.layer], rows=part.index if group.kind == "head" else part.index[chosen])
-        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-12)
-        model.load_state_dict(state)
+            torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-12)
+            model.load_state_dict(state)
+
+
+def test_without_its_sources_a_unit_is_gone(model: PreTrainedModel) -> None:
+    matched, groups = groups_of(model)
+    check_sources(model, matched, groups)
+    for group in groups:
+        assert group.sources == (group.own if group.kind == "neuron" else (*group.own, *group.shared)[-1:])
 
 
 def test_only_the_kinds_asked_for() -> None:
@@ -251,24 +257,19 @@ def test_heads_that_do_not_fit_are_refused(model_type: str) -> None:
         unit_groups(match_layers(model), model.config, BOTH)
 
 
-def test_a_neuron_whose_activation_is_not_zero_at_zero_has_no_sources() -> None:
-    """A neuron of sigmoid(0) is ½ for every token: without its row it is still there."""
-    model = tiny_of("gpt_neox", hidden_act="sigmoid").double()
+@pytest.mark.parametrize("model_type", ["gpt_neox", "phi3", "qwen2"])
+def test_rows_under_an_activation_that_is_not_zero_at_zero_are_no_sources(model_type: str) -> None:
+    """sigmoid(0) is ½ for every token: a neuron without its fc1 or gate row is still there."""
+    model = tiny_of(model_type, hidden_act="sigmoid").double()
     matched, groups = groups_of(model)
-    neurons = [group for group in groups if group.kind == "neuron"]
-    assert all(group.sources == () for group in neurons)
+    neurons = next(group for group in groups if group.kind == "neuron")
+    assert neurons.sources == neurons.own[1:]  # the up rows, if there are any
     assert all(group.sources for group in groups if group.kind == "head")
-    before = logits(model)
-    zero(matched.layers[neurons[0].own[0].layer], rows=torch.tensor([0]))
+    check_sources(model, matched, groups)
+    zero(matched.layers[neurons.own[0].layer], rows=neurons.own[0].index[:1])
     rowless = logits(model)
-    zero(matched.layers[neurons[0].output], columns=torch.tensor([0]))
+    zero(matched.layers[neurons.output], columns=neurons.columns[:1])
     assert not torch.allclose(logits(model), rowless)
-    assert not torch.allclose(before, rowless)
-
-
-def test_a_gated_neuron_is_zero_with_any_activation() -> None:
-    model = tiny_of("phi3", hidden_act="sigmoid").double()
-    test_without_its_sources_a_unit_is_gone(model)
 
 
 @pytest.mark.parametrize("name", sorted(set(ACT2FN)))

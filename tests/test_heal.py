@@ -420,6 +420,10 @@ def test_keeps_say_what_may_change() -> None:
         assert not layer.weight[~keep].any()
     # (Not all: where a neuron never fires there is nothing to learn.)
     assert sum(bool(layer.weight[accident]) for layer, accident in zip(layers, accidents, strict=True)) > 6
+    # A row or column that is all zero is dead, whatever the mask says of it.
+    model = pruned("opt", "rows-columns")
+    assert run(model, keeps=lambda index: torch.ones(layers[index].shape, dtype=torch.bool)).kept
+    assert not any(layer.weight[~keep].any() for layer, keep in zip(find_layers(model), keeps, strict=True))
     # Left to itself it takes each zero for a removed weight.
     model = pruned("opt", "rows-columns")
     for layer, accident in zip(find_layers(model), accidents, strict=True):

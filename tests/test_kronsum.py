@@ -123,18 +123,36 @@ def test_none_in_a_product_is_the_identity() -> None:
     torch.testing.assert_close(sum_product([(None, A), (G, None), (None, None)], P), P @ A + G @ P + P)
 
 
-def test_an_indefinite_sum_is_an_error_that_names_the_layer() -> None:
+def test_an_indefinite_sum_shrinks_its_second_term_step_by_step() -> None:
+    """Halved until every eigenvalue relative to the first term is at least a tenth, and no further."""
     first, second = example(3, 4, scale=5.0)
-    assert float(torch.linalg.eigvalsh(torch.kron(*first) + torch.kron(*second))[0]) < 0.0
+    both, extra = torch.kron(*first), torch.kron(*second)
+    assert float(torch.linalg.eigvalsh(both + extra)[0]) < 0.0
+    found = two_terms(first, second, layer="layers.3.q")
+    assert found.shrink_step > 0
+    assert found.scale == 0.5**found.shrink_step
+
+    def least(scale: float) -> float:
+        L = torch.linalg.cholesky(both)
+        half = torch.linalg.solve_triangular(L, both + scale * extra, upper=False)
+        return float(torch.linalg.eigvalsh(torch.linalg.solve_triangular(L, half.T, upper=False))[0])
+
+    assert least(found.scale) >= 0.1 > least(2 * found.scale)
+    inverse = torch.linalg.inv(both + found.scale * extra).diagonal().reshape(3, 4)
+    torch.testing.assert_close(found.element_inverse_diagonal(), inverse)
+
+
+def test_a_definite_sum_is_left_as_it_is() -> None:
+    first, second = example(3, 4)
+    found = two_terms(first, second)
+    assert (found.scale, found.shrink_step) == (1.0, 0)
+
+
+def test_a_sum_beyond_the_last_step_is_an_error_that_names_the_layer() -> None:
+    first, second = example(3, 4, scale=1e5)
     with pytest.raises(SingularFactorError, match=r"layers\.3\.q") as caught:
         two_terms(first, second, layer="layers.3.q")
     assert caught.value.layer == "layers.3.q"
-
-
-def test_a_singular_sum_is_an_error() -> None:
-    first, _ = example(3, 4)
-    with pytest.raises(SingularFactorError):
-        two_terms(first, (first[0], -first[1]), layer="q")
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -181,7 +181,7 @@ def prune_command(
         int | None, typer.Option(help="Rank of the adapters.", show_default=_default("lora_rank"))
     ] = None,
     lora_learning_rate: Annotated[
-        float | None, typer.Option(help="Of their Adam.", show_default=_default("lora_learning_rate"))
+        float | None, typer.Option(help="Of their Adam; it falls to zero.", show_default=_default("lora_learning_rate"))
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this OUT.")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with these settings; options win.")] = None,

@@ -76,7 +76,7 @@ class PruneConfig:
         heal_epochs: passes over the calibration windows of that fit.
         correction_epochs: passes of such a fit after every other shot; 0 for none.
         lora_rank: rank of the adapters.
-        lora_learning_rate: of their Adam.
+        lora_learning_rate: of their Adam at the first step; it falls to zero.
     """
 
     model: str = "demo"
@@ -109,7 +109,7 @@ class PruneConfig:
     heal_epochs: float = 1.0
     correction_epochs: float = 0.0
     lora_rank: int = 8
-    lora_learning_rate: float = 1e-4
+    lora_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         self._check_choices()

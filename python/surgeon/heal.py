@@ -53,7 +53,8 @@ class HealSettings:
 
     Attributes:
         rank: r, of every adapter.
-        learning_rate: of Adam at the first step, falling to zero in a straight line.
+        learning_rate: of Adam at the first step, falling to zero in a straight line. The paper's 1e-4 is
+            for many more steps than small calibration sets have.
         epochs: passes over the windows that are not held out; a fraction takes so much of them.
         step_windows: windows a step.
         seed: draws the adapters, the held out windows and the order. Give every fit of a run its own,
@@ -174,10 +175,7 @@ def _plan(count: int, settings: HealSettings) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Which weights ``[R, inputs]`` of a layer may change.
-
-    ``rows`` and ``columns`` are those with any; ``other`` is the mask where it is not their outer product.
-    """
+    """Which weights may change: rows and columns with any, and the mask if it is not their product."""
 
     rows: Tensor
     columns: Tensor
@@ -213,10 +211,7 @@ def _effective(weight: Tensor, mask: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """``X (W + M∘(B·A))ᵀ`` with gradients to X, A and B.
-
-    The effective weight is made again on the way back: kept, it would be a second copy of the model.
-    """
+    """``X (W + M∘(B·A))ᵀ``, its weight made again on the way back: kept, it would be a second model."""
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, *parts: Tensor) -> Tensor:

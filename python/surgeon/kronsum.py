@@ -8,7 +8,8 @@ decompositions ``L_G⁻¹ G₂ L_G⁻ᵀ = U diag(s_G) Uᵀ``, ``L_A⁻¹ A₂ L
     F   = (B_G ⊗ B_A) (I + diag(s_G ⊗ s_A)) (B_G ⊗ B_A)ᵀ      B_G = L_G U,     B_A = L_A V
     F⁻¹ = (P_G ⊗ P_A) (I + diag(s_G ⊗ s_A))⁻¹ (P_G ⊗ P_A)ᵀ    P_G = L_G⁻ᵀ U,   P_A = L_A⁻ᵀ V
 
-(LLM Surgeon, appendix, rank-2 expansion; Golub & Van Loan, simultaneous diagonalisation.)
+(LLM Surgeon, appendix, rank-2 expansion; Golub & Van Loan, simultaneous diagonalisation.) A truncated
+sum can be indefinite though the Fisher is not; then there is no minimum to speak of, and an error says so.
 
 Shapes: ``W_RC [R, C]``, ``G_RR [R, R]``, ``A_CC [C, C]``; R or C as a lone suffix is a vector.
 """
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# F counts as singular where an eigenvalue 1 + s_G s_A is no more than this part of the largest.
-SMALLEST_RATIO = 1e-13
+# The second of two nearest Kronecker terms is indefinite, and on real models their sum mostly is too. It is
+# then halved until every eigenvalue, relative to the first term's, is at least this.
+SMALLEST_EIGENVALUE = 0.1
+MOST_HALVINGS = 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class TwoTerms:
         B_A_CC: ``L_A V``.
         P_G_RR: ``L_G⁻ᵀ U``, the inverse of ``B_Gᵀ``.
         P_A_CC: ``L_A⁻ᵀ V``.
-        E_RC: ``1 / (1 + s_G s_Aᵀ)``, all positive: the eigenvalues of ``F⁻¹`` in that basis.
+        E_RC: ``1 / (1 + t · s_G s_Aᵀ)``, all positive: the eigenvalues of ``F⁻¹`` in that basis.
+        scale: t, what the second term was multiplied by.
+        shrink_step: 0 if the sum was positive definite as it was, else how many halvings it took.
     """
 
     B_G_RR: Tensor
@@ -48,6 +53,8 @@ class TwoTerms:
     P_G_RR: Tensor
     P_A_CC: Tensor
     E_RC: Tensor
+    scale: float
+    shrink_step: int
 
     def element_inverse_diagonal(self) -> Tensor:
         """``diag(F⁻¹)`` as ``[R, C]``: ``(P_G∘P_G) · 1/(1 + s_G s_Aᵀ) · (P_A∘P_A)ᵀ``."""
@@ -82,20 +89,22 @@ def two_terms(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, la
 
     Raises:
         NonFiniteError: a factor holds NaN or infinity.
-        SingularFactorError: a first factor, or the sum, is not positive definite. Nothing is clamped.
+        SingularFactorError: a first factor is not positive definite, or the sum is not even with the last
+            step's part of the second term. Nothing is clamped.
     """
     B_G, P_G, s_R = _side(first[0], second[0], "G", layer)
     B_A, P_A, s_C = _side(first[1], second[1], "A", layer)
-    eigenvalues_RC = 1.0 + s_R[:, None] * s_C[None, :]
-    if eigenvalues_RC.numel():
-        low, high = float(eigenvalues_RC.min()), float(eigenvalues_RC.max())
-        if low <= SMALLEST_RATIO * high:
-            raise SingularFactorError(
-                f"the sum of two Kronecker terms of layer {layer} is not positive definite: relative to its first "
-                f"term the smallest eigenvalue is {low:.3g}; use one term, more calibration samples or more damping",
-                layer=layer,
-            )
-    return TwoTerms(B_G, B_A, P_G, P_A, eigenvalues_RC.reciprocal())
+    products_RC = s_R[:, None] * s_C[None, :]
+    low = float(products_RC.min()) if products_RC.numel() else 0.0
+    for step in range(MOST_HALVINGS + 1):
+        scale = 0.5**step
+        if 1.0 + scale * low >= SMALLEST_EIGENVALUE:
+            return TwoTerms(B_G, B_A, P_G, P_A, (1.0 + scale * products_RC).reciprocal(), scale, step)
+    raise SingularFactorError(
+        f"the sum of two Kronecker terms of layer {layer} is not positive definite even with {scale:.2g} of the "
+        "second: use one term, more calibration samples or more damping",
+        layer=layer,
+    )
 
 
 def sum_product(terms: Sequence[tuple[Tensor | None, Tensor | None]], P_RC: Tensor) -> Tensor:

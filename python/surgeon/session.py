@@ -213,9 +213,17 @@ class Session:
                 self._calibration,
                 settings=settings,
                 batch_tokens=self.config.batch_tokens,
+                keeps=self._keep,
                 advance=self._observer.advance,
             )
         record.heal = dataclasses.asdict(found)
+
+    def _keep(self, index: int) -> torch.Tensor:
+        """What of a layer still stands, bool ``[R, C]``."""
+        ledger = self.state.ledger
+        if isinstance(ledger, ElementLedger):
+            return self.layers[index].read(self._dtype) != 0
+        return torch.from_numpy(ledger.keep_rows(index)[:, None] & ledger.keep_columns(index)[None, :])
 
     def _curvature(self, record: ShotRecord) -> CurvatureFactors:
         config = self.config

@@ -28,10 +28,10 @@ class Mlp:
     """Where a block's MLP neurons are.
 
     Attributes:
-        inner: roles whose rows are neurons; one role that holds gate rows and then up rows is fine.
+        inner: roles whose rows are neurons, the one that the activation is applied to first: fc1; gate
+            and up; or one role that holds gate rows and then up rows.
         output: role whose columns are neurons.
-        activation: the setting of ``config`` that names the activation function. Not looked at in an
-            MLP with a gate, whose neuron is zero with its up row whatever the activation.
+        activation: the setting of ``config`` that names the activation function.
     """
 
     inner: tuple[str, ...]

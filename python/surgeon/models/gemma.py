@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from surgeon.models.base import register
+from surgeon.models.base import Mlp, register
 from surgeon.models.llama import LLAMA
 
-GEMMA = register(replace(LLAMA, family="Gemma", model_types=("gemma", "gemma2", "gemma3_text")))
+GEMMA = register(replace(LLAMA, family="Gemma", model_types=("gemma",)))
+GEMMA2 = register(
+    replace(
+        LLAMA,
+        family="Gemma",
+        model_types=("gemma2", "gemma3_text"),
+        mlp=Mlp(inner=("gate", "up"), output="down", activation="hidden_activation"),
+    )
+)

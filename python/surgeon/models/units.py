@@ -51,10 +51,10 @@ class UnitGroup:
         columns: the output layer's columns of each unit, ``[U, m]``.
         own: rows that go with each unit.
         shared: rows that go with the last unit.
-        sources: the rows without which a unit's output is zero whatever the input: gate, up and fc1
-            rows, and the value rows. (A head without query or key rows still averages the values.)
-            Empty for the neurons of an MLP without a gate whose activation is not zero at zero: such a
-            neuron without its row is a constant, and only its column takes it away.
+        sources: rows that make a unit's output zero whatever the input when any one of these parts is
+            zero: gate, up and fc1 rows, and the value rows. (A head without query or key rows still
+            averages the values.) Gate and fc1 rows count only where the activation is zero at zero:
+            otherwise a neuron without them is a constant, or linear, and not gone.
     """
 
     kind: str
@@ -128,9 +128,9 @@ def _neurons(
         # A fused projection holds gate rows, then up rows.
         own += [Rows(roles[role], torch.arange(start, start + width)[:, None]) for start in range(0, layer.rows, width)]
     columns = torch.arange(width)[:, None]
-    gated = len(own) > 1
-    sources = tuple(own) if gated or zero_at_zero(str(getattr(config, mlp.activation, ""))) else ()
-    return [UnitGroup(NEURON, block, output, columns, tuple(own), (), sources)]
+    # The activation sees the first part; what it is multiplied with makes zero by itself.
+    sources = own if zero_at_zero(str(getattr(config, mlp.activation, ""))) else own[1:]
+    return [UnitGroup(NEURON, block, output, columns, tuple(own), (), tuple(sources))]
 
 
 def _heads(

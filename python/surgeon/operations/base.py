@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DampingEvent:
-    """A factor needed more damping than was asked for.
+    """A factor needed more damping than was asked for, or a second Kronecker term had to be shrunk.
 
     Attributes:
         layer: layer name.
-        factor: ``"A"`` or ``"G"``.
-        asked: relative damping asked for.
-        used: relative damping that made the factor positive definite.
+        factor: ``"A"`` or ``"G"``, or ``"second term"``.
+        asked: relative damping asked for; 1 for a second term.
+        used: relative damping that made the factor positive definite, or what the second term was
+            multiplied by.
         step: step of the ladder.
     """
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from surgeon.layers import PrunableLayer
 
 
+# Factor of a damping event that is no damping: the second Kronecker term was shrunk.
+SECOND_TERM = "second term"
+
+
 @dataclass(frozen=True)
 class Alive:
     """What of a layer is still there.
@@ -116,6 +120,7 @@ class Solvers:
         self._damping = {"A": config.damping_a, "G": config.damping_g}
         self.events: list[DampingEvent] = []
         self._seen: set[tuple[int, str]] = set()
+        self._scales: dict[int, float] = {}  # of the second Kronecker term
         # The last A only: layers that share one follow each other.
         self._last_key: tuple[str, bytes] | None = None
         self._last: Cholesky | None = None
@@ -159,12 +164,22 @@ class Solvers:
             added = M_nn.clone()
             added.diagonal().add_(cholesky.damping)
             damped.append(added)
-        return ((damped[0], damped[1]), *factors.more)
+        scale = self._scales.get(index, 1.0)
+        return ((damped[0], damped[1]), *((scale * G_RR, A_CC) for G_RR, A_CC in factors.more))
 
     def two_terms(self, index: int, factors: SubFactors) -> TwoTerms:
-        """The sum of two Kronecker products, the first damped, diagonalised for its inverse."""
+        """The sum of two Kronecker products, the first damped, diagonalised for its inverse.
+
+        How far the second had to be shrunk is recorded, and holds for :meth:`damped_terms` from now on.
+        """
+        self._scales.pop(index, None)
         first, second = self.damped_terms(index, factors)
-        return two_terms(_both(first), _both(second), layer=self._layers[index].name)
+        name = self._layers[index].name
+        found = two_terms(_both(first), _both(second), layer=name)
+        self._scales[index] = found.scale
+        if found.shrink_step:
+            self.events.append(DampingEvent(name, SECOND_TERM, 1.0, found.scale, found.shrink_step))
+        return found
 
     def forget(self) -> None:
         """Drop what is held."""
