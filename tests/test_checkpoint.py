@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -72,6 +73,51 @@ def test_the_checkpoint_keeps_its_dtype_and_loads_in_stock_transformers(
     assert report["config"]["sequence_length"] == 16
     assert not (out / "state").exists()
     assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"structure": "neurons,heads"},
+        {"structure": "weights"},
+        {"structure": "2:4", "heal": True, "correction_epochs": 0.5},
+        {"structure": "weights", "method": "wanda"},
+        {"curvature": "kron", "fisher": "mc", "rounds": 2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_kind_of_run_resumes_to_the_same_bits(
+    changes: dict[str, object], checkpoint: Path, tmp_path: Path, tokens_file: Path
+) -> None:
+    config = settings(checkpoint, tokens_file, **{"shots": 2, **changes})
+    whole = surgeon.prune(config, tmp_path / "whole").report
+    with pytest.raises(KeyboardInterrupt):
+        surgeon.prune(config, tmp_path / "out", observer=StopAfter(1))
+    again = surgeon.prune(config, tmp_path / "out", resume=True).report
+    assert again["layers"] == whole["layers"]
+    assert again["final"]["perplexity"] == whole["final"]["perplexity"]
+    names = {"model.safetensors"}
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "neurons,heads", "weights", "2:4"])
+def test_healing_changes_no_zero(structure: str, checkpoint: Path, tmp_path: Path, tokens_file: Path) -> None:
+    """Adapters are merged into what stands; what went stays +0.0, and the run says what the fit did."""
+    config = settings(checkpoint, tokens_file, structure=structure, shots=1, lora_learning_rate=1e-2)
+    surgeon.prune(config, tmp_path / "plain")
+    report = surgeon.prune(dataclasses.replace(config, heal=True, heal_epochs=3.0), tmp_path / "healed").report
+    record = report["shots"][-1]["heal"]
+    assert record["steps"] > 0
+    plain, healed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "healed"))
+    changed = 0
+    for layer in report["layers"]:
+        name = layer["name"] + ".weight"
+        assert torch.equal(plain[name] == 0, healed[name] == 0)
+        assert not torch.signbit(healed[name][healed[name] == 0]).any()
+        changed += int((plain[name] != healed[name]).sum())
+    assert (changed > 0) == record["kept"]
+    assert record["kept"] == (record["loss_after"] < record["loss_before"])
 
 
 @pytest.mark.parametrize("after", [1, 3, 4])
