@@ -1,6 +1,7 @@
-"""Print the README's result table from the committed result file.
+"""Print the README's result tables from the committed result files.
 
 python benches/readme_table.py benches/results/smollm2-rows-columns.json
+python benches/readme_table.py benches/results/smollm2-methods.json
 """
 
 from __future__ import annotations
@@ -8,18 +9,56 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
+
+METHODS = ("surgeon", "k-obd", "l-obd", "magnitude", "sparsegpt", "wanda")
+COLUMNS = (
+    *(("rows-columns", part) for part in ("10%", "20%", "30%")),
+    *(("neurons,heads", part) for part in ("10%", "20%", "30%")),
+    ("weights", "50%"),
+    ("2:4", "50%"),
+)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("result", type=Path)
-    value = json.loads(parser.parse_args().result.read_text(encoding="utf-8"))
+def shots_table(value: dict[str, Any]) -> None:
+    """Perplexity after every shot beside the paper's public implementation."""
     public = value["public_implementation"]
     print("| removed | surgeon | the paper's public implementation |")
     print("|---|---|---|")
     print(f"| dense | {value['dense']['perplexity']:.2f} | {public['dense']:.2f} |")
     for shot, theirs in zip(value["shots"], public["perplexity"], strict=True):
         print(f"| {shot['sparsity']:.0%} | {shot['perplexity']:.2f} | {theirs:.2f} |")
+
+
+def shown(row: dict[str, Any] | None, *, healed: bool) -> str:
+    if row is None or (healed and row["healed"] is None):
+        return "–"
+    perplexity = row["healed"]["perplexity"] if healed else row["shots"][-1]["perplexity"]
+    return "inf" if perplexity is None else f"{perplexity:.1f}" if perplexity < 1000 else f"{perplexity:.2g}"
+
+
+def methods_table(rows: dict[str, Any]) -> None:
+    """Every method on every structure, one shot; and the same healed, where it was."""
+    print("| |", " | ".join(f"{structure} {part}" for structure, part in COLUMNS), "|")
+    print("|---|" + "---|" * len(COLUMNS))
+    for method in METHODS:
+        cells = [rows.get(f"{structure} {method} {part}") for structure, part in COLUMNS]
+        print(f"| {method} |", " | ".join(shown(row, healed=False) for row in cells), "|")
+        if any(row is not None and row["healed"] is not None for row in cells):
+            print("| healed |", " | ".join(shown(row, healed=True) for row in cells), "|")
+    for name, row in rows.items():
+        if name.endswith("shots"):
+            print(name, [f"{shot['sparsity']:.0%} {shot['perplexity']:.2f}" for shot in row["shots"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path)
+    value = json.loads(parser.parse_args().result.read_text(encoding="utf-8"))
+    if "rows" in value:
+        methods_table(value["rows"])
+    else:
+        shots_table(value)
 
 
 if __name__ == "__main__":
