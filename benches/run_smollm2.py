@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import tempfile
@@ -52,11 +53,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("result", type=Path)
     parser.add_argument("--structure", default="rows-columns")
+    parser.add_argument("--rank-by", choices=("cost", "cost-per-parameter"))
+    parser.add_argument("--bare-passes", type=int, default=3, help="0: do not time any")
     parser.add_argument("--batch-tokens", type=int, default=512)
     arguments = parser.parse_args()
     config = PruneConfig(
         model=arguments.model,
         structure=arguments.structure,
+        rank_by=arguments.rank_by,
         sparsity=0.3,
         shots=5,
         samples=32,
@@ -73,9 +77,10 @@ def main() -> None:
         # The run first: the peak of its memory is then its own.
         report = surgeon.prune(config, Path(scratch) / "out", observer=PlainProgress(Console(stderr=True))).report
     peak = peak_memory_bytes(torch.device("cpu"))
-    bare = [bare_pass_seconds(config) for _ in range(3)]
+    bare = [bare_pass_seconds(config) for _ in range(arguments.bare_passes)]
     value: dict[str, Any] = {
-        "command": f"python benches/run_smollm2.py MODEL RESULT --structure {arguments.structure}",
+        "command": f"python benches/run_smollm2.py MODEL RESULT --structure {arguments.structure}"
+        + (f" --rank-by {arguments.rank_by}" if arguments.rank_by else ""),
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
@@ -88,14 +93,21 @@ def main() -> None:
         "public_implementation": PUBLIC,
         "bare_pass_seconds": bare,
         "shot_over_bare_pass": [
-            without_evaluation(shot["seconds"]) / statistics.median(bare) for shot in report["shots"]
+            without_evaluation(shot["seconds"]) / statistics.median(bare) for shot in report["shots"] if bare
+        ],
+        # Damage is ln(perplexity / dense), theirs that of rows + columns.
+        "damage_over_public": [
+            math.log(shot["perplexity"] / report["dense"]["perplexity"]) / math.log(theirs / PUBLIC["dense"])
+            for shot, theirs in zip(report["shots"], PUBLIC["perplexity"], strict=True)
         ],
         "peak_gigabytes": peak / 1e9,
     }
     arguments.result.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    for shot, theirs, ratio in zip(report["shots"], PUBLIC["perplexity"], value["shot_over_bare_pass"], strict=True):
-        print(f"{shot['sparsity']:.2%}  {shot['perplexity']:.3f}  public {theirs:.3f}  {ratio:.2f} x the bare pass")
-    print(f"peak {peak / 1e9:.2f} GB, bare pass {statistics.median(bare):.1f} s")
+    for number, (shot, theirs) in enumerate(zip(report["shots"], PUBLIC["perplexity"], strict=True)):
+        line = f"{shot['sparsity']:.2%}  {shot['perplexity']:.3f}  public {theirs:.3f}"
+        line += f"  damage {value['damage_over_public'][number]:.3f} x"
+        print(line + (f"  {value['shot_over_bare_pass'][number]:.2f} x the bare pass" if bare else ""))
+    print(f"peak {peak / 1e9:.2f} GB" + (f", bare pass {statistics.median(bare):.1f} s" if bare else ""))
 
 
 if __name__ == "__main__":
