@@ -52,6 +52,7 @@ class ElementsShot(ShotOperations):
         self._importance: list[list[tuple[Tensor, Tensor]]] = []
         self._table: dict[int, Tensor] = {}
         self._dead = 0
+        self._available = 0  # in N:M groups
         self._selection: ElementSelection | None = None
 
     @property
@@ -68,7 +69,11 @@ class ElementsShot(ShotOperations):
             inverse = self._solvers.two_terms(index, sub).element_inverse_diagonal()
             self._table[index] = alive.put(inverse.reciprocal().to(W_RC.dtype), torch.zeros_like(W_RC))
         self._importance.append([] if alive.none else self._vectors(index, W_RC, sub, alive))
-        self._dead += W_RC.numel() - int(self._standing(index, W_RC).sum())
+        standing = self._standing(index, W_RC)
+        self._dead += W_RC.numel() - int(standing.sum())
+        if self._pattern is not None:
+            in_groups = _groups(standing[:, : self._layers[index].inputs], self._pattern.group).sum(-1)
+            self._available += int((in_groups - self._pattern.keep).clamp(min=0).sum())
 
     def _vectors(self, index: int, W_RC: Tensor, sub: SubFactors, alive: Alive) -> list[tuple[Tensor, Tensor]]:
         pairs: list[tuple[Tensor | None, Tensor | None]]
@@ -110,9 +115,8 @@ class ElementsShot(ShotOperations):
         rank = max(target - self._dead, 0)
         if self._pattern is not None:
             # Biases are in no group: "all groups" is a little less than the pattern's sparsity of all parameters.
-            available = sum(int(part.candidates.sum()) for part in self._stream())
-            if rank > available and target <= most_removable(self._ledger.total, self._pattern):
-                rank = available
+            if rank > self._available and target <= most_removable(self._ledger.total, self._pattern):
+                rank = self._available
         self._selection = ElementSelection(self._stream, rank, names)
         return Selected(self._dead + rank, self._selection.threshold, rank)
 
