@@ -275,3 +275,16 @@ def test_what_has_no_meaning_together_is_one_line(settings: dict[str, object], l
     with pytest.raises(ConfigError, match=line) as caught:
         PruneConfig(**settings)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"structure": "heads", "sparsity": 0.6}, r"heads can remove [0-9,]+ at most: lower --sparsity to 0\."),
+        ({"structure": "2:4", "target_parameters": 100}, "2:4 can remove|are too few"),
+        ({"structure": "2:4", "target_parameters": 3500}, "2:4 can remove"),
+    ],
+)
+def test_more_than_a_structure_holds_is_refused_before_anything_runs(settings: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        session(tiny_llama(), **settings)

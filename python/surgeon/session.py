@@ -17,7 +17,7 @@ from surgeon.evaluation import evaluate_windows
 from surgeon.heal import HealSettings, heal, planned_windows
 from surgeon.layerwise import prune_blocks
 from surgeon.models import precision_dtype
-from surgeon.operations import LayerwiseShot, begin_shot
+from surgeon.operations import LayerwiseShot, begin_shot, check_target
 from surgeon.progress import Observer
 from surgeon.schedule import ElementLedger, open_books, round_targets, shot_targets
 
@@ -112,6 +112,7 @@ class Session:
             total=sum(p.numel() for p in self.model.parameters()),
             bytes_a_parameter=loaded.storage_dtype.itemsize,
         )
+        check_target(matched, self.model.config, config.structure_value, self.targets[-1])
 
     def run(self) -> RunState:
         """All shots that are not done yet."""

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+from surgeon.errors import ConfigError
 from surgeon.models import unit_groups
 from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
 from surgeon.operations.coupled import CoupledShot
 from surgeon.operations.elements import ElementsShot
 from surgeon.operations.layerwise import LayerwiseShot
 from surgeon.operations.rows_columns import RowsColumnsShot
-from surgeon.schedule import ElementLedger, Ledger
+from surgeon.schedule import ElementLedger, Ledger, most_removable
 from surgeon.structures import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from surgeon.config import PruneConfig
-    from surgeon.models import Matched
+    from surgeon.models import Matched, UnitGroup
     from surgeon.schedule import Books
+    from surgeon.structures import Structure
 
-__all__ = ["Applied", "DampingEvent", "LayerwiseShot", "Selected", "ShotOperations", "begin_shot"]
+__all__ = ["Applied", "DampingEvent", "LayerwiseShot", "Selected", "ShotOperations", "begin_shot", "check_target"]
 
 
 def begin_shot(matched: Matched, model_config: PreTrainedConfig, config: PruneConfig, books: Books) -> ShotOperations:
@@ -35,6 +38,30 @@ def begin_shot(matched: Matched, model_config: PreTrainedConfig, config: PruneCo
         return ElementsShot(matched.layers, config, books)
     assert isinstance(books, Ledger)
     if structure.kind is Kind.COUPLED:
-        kinds = frozenset(part.removesuffix("s") for part in structure.parts)
-        return CoupledShot(matched.layers, unit_groups(matched, model_config, kinds), config, books)
+        return CoupledShot(matched.layers, _groups(matched, model_config, structure), config, books)
     return RowsColumnsShot(matched.layers, config, books)
+
+
+def check_target(matched: Matched, model_config: PreTrainedConfig, structure: Structure, target: int) -> None:
+    """Refuse more than a structure can remove, before anything heavy runs.
+
+    Raises:
+        ConfigError: with how much of the prunable parameters can go.
+    """
+    most = matched.parameters
+    if structure.pattern is not None:
+        most = most_removable(most, structure.pattern)
+    elif structure.kind is Kind.COUPLED:
+        most = 0
+        for group in _groups(matched, model_config, structure):
+            most += group.units * group.unit_size(matched.layers) + group.shared_size(matched.layers)
+    if target > most:
+        share = most / max(matched.parameters, 1)
+        raise ConfigError(
+            f"{target:,} parameters are to go, but {structure} can remove {most:,} at most: "
+            f"lower --sparsity to {math.floor(1000 * share) / 1000:g} or choose another --structure"
+        )
+
+
+def _groups(matched: Matched, model_config: PreTrainedConfig, structure: Structure) -> tuple[UnitGroup, ...]:
+    return unit_groups(matched, model_config, frozenset(part.removesuffix("s") for part in structure.parts))

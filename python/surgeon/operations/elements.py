@@ -113,10 +113,9 @@ class ElementsShot(ShotOperations):
         self._solvers.forget()
         names = [layer.name for layer in self._layers]
         rank = max(target - self._dead, 0)
-        if self._pattern is not None:
-            # Biases are in no group: "all groups" is a little less than the pattern's sparsity of all parameters.
-            if rank > self._available and target <= most_removable(self._ledger.total, self._pattern):
-                rank = self._available
+        # Biases are in no group: "all groups" is a little less than the pattern's sparsity of all parameters.
+        if self._pattern is not None and target <= most_removable(self._ledger.total, self._pattern):
+            rank = min(rank, self._available)
         self._selection = ElementSelection(self._stream, rank, names)
         return Selected(self._dead + rank, self._selection.threshold, rank)
 
