@@ -42,7 +42,8 @@ OPTIONS = {
         model -o --out --structure --sparsity --target-parameters --target-size --method --shots --calibration
         --samples --sequence-length --test-data --test-samples --seed --device --precision --batch-tokens
         --damping-g --damping-a --rounds --curvature --fisher --fisher-samples --kronecker-terms --update --chunk
-        --rank-by --heal --heal-epochs --correction-epochs --lora-rank --lora-learning-rate --resume --config --json
+        --rank-by --heal --heal-epochs --correction-epochs --lora-rank --lora-learning-rate
+        --resume --config --json
     """,
     "evaluate": "models --data --sequence-length --test-samples --device --precision --json",
 }

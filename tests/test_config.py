@@ -70,15 +70,22 @@ def test_one_budget_and_a_default() -> None:
 
 def test_digest_covers_what_decides_the_result() -> None:
     for field in dataclasses.fields(PruneConfig):
-        base = PruneConfig()
         changed = {"model": "x", "structure": "rows", "method": "k-obd", "calibration": "x", "test_data": "x"}
         changed |= {"device": "cpu", "precision": "float64", "target_size": "1GB"}  # type: ignore[dict-item]
         changed |= {"curvature": "kron", "fisher": "mc", "update": "none", "rank_by": "cost-per-parameter"}
         changed |= {"heal": True}  # type: ignore[dict-item]
         value = changed.get(field.name, 7 if "damping" not in field.name and field.name != "sparsity" else 0.5)
         budget: dict[str, object] = {"sparsity": None} if field.name.startswith("target_") else {}
-        if field.name == "kronecker_terms":
-            base, value = PruneConfig(curvature="kron"), 2
+        with_effect: dict[str, dict[str, object]] = {
+            "kronecker_terms": {"curvature": "kron"},
+            "fisher_samples": {"fisher": "mc"},
+            "chunk": {"structure": "weights", "update": "chunked"},
+            "heal_epochs": {"heal": True},
+            "lora_rank": {"heal": True},
+            "lora_learning_rate": {"heal": True},
+        }
+        base = PruneConfig(**with_effect.get(field.name, {}))  # type: ignore[arg-type]
+        value = 2 if field.name == "kronecker_terms" else value
         other = dataclasses.replace(base, **{**budget, field.name: value})
         same = field.name in {"device", "batch_tokens"}
         assert (other.digest() == base.digest()) is same, field.name

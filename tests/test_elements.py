@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from surgeon.curvature import kfac
+from surgeon.errors import ConfigError
 from surgeon.operations.elements import _group_costs, _whole_groups
 from surgeon.select import ElementCosts, ElementSelection
 from surgeon.structures import parse_structure
@@ -118,8 +119,9 @@ def test_dead_rows_and_columns_count_as_removed() -> None:
 @pytest.mark.parametrize("update", ["chunked", "none"])
 def test_other_updates(update: str) -> None:
     """The same weights go whatever the update; only what stays differs."""
+    chunk = {"chunk": 50} if update == "chunked" else {}
     joint = session(tiny_opt(), structure="weights", shots=1, sparsity=0.4)
-    other = session(tiny_opt(), structure="weights", shots=1, sparsity=0.4, update=update, chunk=50)
+    other = session(tiny_opt(), structure="weights", shots=1, sparsity=0.4, update=update, **chunk)
     predicted = [run.run().shots[0].predicted_loss_increase for run in (joint, other)]
     changed = 0
     for a, b in zip(joint.layers, other.layers, strict=True):
@@ -198,3 +200,24 @@ def test_selection_names_the_layer_of_a_bad_cost() -> None:
             ["first", "second"],
         )
     assert caught.value.layer == "second"
+
+
+@pytest.mark.parametrize("method", ["surgeon", "k-obd", "magnitude"])
+def test_zeros_elsewhere_leave_no_group_as_it_was(method: str) -> None:
+    """Whole zero rows and zero biases are removed parameters, but no part of the pattern."""
+    model = tiny_opt()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("fc1.weight"):
+                parameter[:10] = 0
+            if name.endswith("proj.bias"):
+                parameter.zero_()
+    run = session(model, structure="2:4", method=method, shots=2)
+    run.run()
+    for layer in run.layers:
+        assert most_in_a_group(layer.read(torch.float64)[:, : layer.inputs], 4) == 2, layer.name
+
+
+def test_layer_wise_methods_keep_something_of_every_layer(tiny: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="weights can remove"):
+        session(tiny, structure="weights", method="wanda", sparsity=0.97)

@@ -79,3 +79,25 @@ def test_float64_where_conditioning_asks() -> None:
         values = torch.linalg.eigvalsh(M.double())
         bound = float(M.abs().sum(0).max()) / damping
         assert float((values[-1] + damping) / (values[0] + damping)) <= bound + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pivot_of_mere_rounding_climbs_the_ladder(dtype: torch.dtype) -> None:
+    """Fewer tokens than inputs and no damping: a factorisation may go through and mean nothing."""
+    X = torch.randn(6, 24, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    found = linalg.damped_cholesky(X.T @ X / 6, 0.0, what="A")
+    assert found.ladder_step >= 1
+    assert found.relative >= 1e-7
+
+
+def test_the_ladder_starts_from_its_floor_where_next_to_nothing_was_asked_for() -> None:
+    X = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    assert linalg.damped_cholesky(X.T @ X, 1e-12, what="A").relative >= 1e-7
+
+
+def test_a_singular_block_names_its_row() -> None:
+    M = torch.eye(4, dtype=torch.float64)
+    M[2, 2] = 1e-18
+    with pytest.raises(SingularFactorError, match="singular at row 2") as caught:
+        linalg.block_cholesky(M)
+    assert caught.value.index == 2

@@ -117,9 +117,7 @@ def prune_command(
     ] = None,
     rank_by: Annotated[
         str | None,
-        typer.Option(
-            help="cost or cost-per-parameter.", show_default="per parameter for neurons and heads, else by cost"
-        ),
+        typer.Option(help="What units compete by: cost or cost-per-parameter.", show_default="cost-per-parameter"),
     ] = None,
     shots: Annotated[
         int | None,
@@ -168,7 +166,9 @@ def prune_command(
     ] = None,
     heal: Annotated[
         bool | None,
-        typer.Option("--heal", help="Fit and merge low-rank adapters after the last shot.", show_default="no"),
+        typer.Option(
+            "--heal/--no-heal", help="Fit and merge low-rank adapters after the last shot.", show_default="no"
+        ),
     ] = None,
     heal_epochs: Annotated[
         float | None, typer.Option(help="Passes of that fit.", show_default=_default("heal_epochs"))

@@ -15,12 +15,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError
-from surgeon.structures import Update, check_together, parse_curvature, parse_method, parse_structure, parse_update
+from surgeon.structures import (
+    Method,
+    Update,
+    check_together,
+    parse_curvature,
+    parse_method,
+    parse_structure,
+    parse_update,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from surgeon.structures import Curvature, Method, Structure
+    from surgeon.structures import Curvature, Structure
 
 RANKS = ("cost", "cost-per-parameter")
 FISHERS = ("empirical", "mc")
@@ -29,6 +37,20 @@ BUDGETS = ("sparsity", "target_parameters", "target_size")
 DEFAULT_SPARSITY = 0.3
 DEFAULT_SHOTS = 8
 MOST_SHOTS = 10_000
+ROUNDING = 1e-12  # of a decimal fraction such as 0.6667, or 2 / 3 in other words
+
+# Why a setting may be without effect.
+_WITHOUT = {
+    "rounds": "layer-wise methods select within each layer",
+    "fisher_samples": "only --fisher mc draws tokens",
+    "chunk": "only --update chunked has chunks",
+    "correction_epochs": "it comes between shots and there is one",
+    "heal_epochs": "there is no --heal",
+    "lora_rank": "there is no --heal and no correction between shots",
+    "lora_learning_rate": "there is no --heal and no correction between shots",
+    "damping_g": "nothing inverts G",
+    "damping_a": "nothing inverts A",
+}
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -42,7 +64,8 @@ class PruneConfig:
         model: checkpoint folder, hub id or ``demo``.
         structure: which units may go (:class:`~surgeon.structures.Structure`).
         sparsity: fraction of the decoder blocks' linear parameters (weights and biases) that go,
-            ``0 <= sparsity < 1``. The smallest set that reaches it is taken. If neither this nor a target is
+            ``0 <= sparsity < 1``. The smallest set that reaches it is taken (layer-wise methods round up in
+            every row or block). If neither this nor a target is
             given it is 0.3, and all groups for N:M; None if a target is.
         target_parameters: instead of ``sparsity``: how many parameters the whole model may keep.
         target_size: instead of ``sparsity``: the same as bytes, ``12GiB`` or ``500MB``, of what remains
@@ -54,8 +77,8 @@ class PruneConfig:
         kronecker_terms: how many Kronecker products ``kron`` adds up.
         update: :class:`~surgeon.structures.Update`; None means the method's own.
         chunk: weights of one solve of ``chunked``.
-        rank_by: what units are ranked by, ``cost`` or ``cost-per-parameter``; None means per parameter for
-            neurons and heads, else by cost.
+        rank_by: what units are ranked by, ``cost`` or ``cost-per-parameter`` that they free; None means
+            per parameter. Single weights and N:M groups free one each.
         shots: over how many estimates of the curvature the removal is spread; None means
             8, or 1 for the layer-wise methods.
         rounds: over how many rounds of costs, selection and update each shot's removal is spread, all with
@@ -123,7 +146,7 @@ class PruneConfig:
             f"sparsity is {self.sparsity}: it is removed / total, from 0 to below 1",
         )
         _need(
-            pattern is None or self.sparsity is None or self.sparsity <= pattern.sparsity,
+            pattern is None or self.sparsity is None or self.sparsity <= pattern.sparsity + ROUNDING,
             f"sparsity is {self.sparsity}: {pattern} removes at most {0 if pattern is None else pattern.sparsity:g}",
         )
         _need(
@@ -136,11 +159,10 @@ class PruneConfig:
             object.__setattr__(self, "shots", 1 if self.method_value.layerwise else DEFAULT_SHOTS)
         _need(self.shot_count <= MOST_SHOTS, f"shots is {self.shots}: it must be at most {MOST_SHOTS}")
         _need(
-            pattern is None
-            or not self.method_value.layerwise
-            or (self.shots == 1 and self.sparsity == pattern.sparsity),
-            f"{self.method} prunes every group of {self.structure} at once: leave --sparsity and --shots out",
+            pattern is None or not self.method_value.layerwise or (self.shots == 1 and self.all_groups),
+            f"{self.method} prunes every group of {self.structure} at once: leave --sparsity, targets and --shots out",
         )
+        self._check_effect()
         for name, least in (
             ("shots", 1),
             ("samples", 1),
@@ -189,6 +211,33 @@ class PruneConfig:
             f"{self.curvature_value} curvature needs no gradients: leave --fisher out",
         )
 
+    def _check_effect(self) -> None:
+        """Refuse settings that would change nothing: who gives one believes that it does."""
+        inverts = self.method_value is Method.SURGEON
+        effects = {
+            "rounds": not self.method_value.layerwise,
+            "fisher_samples": self.fisher == "mc",
+            "chunk": self.update_value is Update.CHUNKED,
+            "correction_epochs": self.shot_count > 1,
+            "heal_epochs": self.heal,
+            "lora_rank": self.heals,
+            "lora_learning_rate": self.heals,
+            "damping_g": inverts and self.curvature_value in {"kfac", "kron"},
+            "damping_a": inverts or self.method_value is Method.SPARSEGPT,
+        }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, works in effects.items():
+            _need(
+                works or getattr(self, name) == defaults[name],
+                f"{_option(name)} has no effect with these settings ({_WITHOUT[name]}): leave it out",
+            )
+
+    @property
+    def all_groups(self) -> bool:
+        """Whether every N:M group is to be pruned."""
+        pattern = self.structure_value.pattern
+        return pattern is not None and self.sparsity is not None and self.sparsity >= pattern.sparsity - ROUNDING
+
     @property
     def shot_count(self) -> int:
         """``shots``, which is set once the settings are made."""
@@ -231,7 +280,7 @@ class PruneConfig:
     def per_parameter(self) -> bool:
         """Whether units are ranked by cost per parameter that they free."""
         if self.rank_by is None:
-            return self.structure_value.kind == "coupled"
+            return not self.structure_value.elementwise
         return self.rank_by == "cost-per-parameter"
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from surgeon.linalg import block_cholesky
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -73,7 +75,7 @@ def column_set_costs_obs(
             found.append(0.5 * energy.diagonal().sum())
             continue
         block = a_inverse_CC[columns[:, None], columns[None, :]]
-        solved = torch.cholesky_solve(energy.to(block.dtype), torch.linalg.cholesky(block))
+        solved = torch.cholesky_solve(energy.to(block.dtype), block_cholesky(block))
         found.append(0.5 * solved.diagonal().sum().to(W_RC.dtype))
     return torch.stack(found) if found else W_RC.new_zeros(0)
 
@@ -96,17 +98,24 @@ def _set_energy(W_RC: Tensor, G_RR: Tensor | None, columns: Tensor) -> Tensor:
 
 def element_costs_obs(W_RC: Tensor, g_inverse_R: Tensor | None, a_inverse_C: Tensor | None) -> Tensor:
     """``½ W_rc² / ([G⁻¹]_rr [A⁻¹]_cc)``, ``[R, C]``."""
-    return _over(_over(0.5 * W_RC.square(), None if g_inverse_R is None else g_inverse_R[:, None]), a_inverse_C)
+    R, C = (W_RC.new_ones(n) for n in W_RC.shape)
+    return element_costs(W_RC, [(_over(R, g_inverse_R), _over(C, a_inverse_C))])
+
+
+def element_costs(W_RC: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``½ W_rc² Σ r_r c_c``, ``[R, C]``: all costs of single weights that a few vectors say."""
+    scale = torch.zeros_like(W_RC)
+    for r, c in pairs:
+        scale.addr_(r, c)
+    return scale.mul_(W_RC).mul_(W_RC).mul_(0.5)
 
 
 def element_costs_obd(W_RC: Tensor, A_CC: Tensor | None, G_RR: Tensor | None) -> Tensor:
     """``½ W_rc² G_rr A_cc``, ``[R, C]``."""
-    cost = 0.5 * W_RC.square()
-    if G_RR is not None:
-        cost = cost * G_RR.diagonal()[:, None]
-    if A_CC is not None:
-        cost = cost * A_CC.diagonal()[None, :]
-    return cost
+    r, c = (
+        W_RC.new_ones(n) if M_nn is None else M_nn.diagonal() for n, M_nn in zip(W_RC.shape, (G_RR, A_CC), strict=True)
+    )
+    return element_costs(W_RC, [(r, c)])
 
 
 def _over(value: Tensor, inverse: Tensor | None) -> Tensor:

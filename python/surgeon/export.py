@@ -39,7 +39,7 @@ def round_to_storage(loaded: LoadedModel) -> bool:
             raise NonFiniteError(
                 f"a weight of layer {layer} overflows the checkpoint's {loaded.storage_dtype}", layer=layer
             )
-        parameter.copy_(rounded)
+        parameter.copy_(rounded + 0.0)  # a small negative weight may have become -0.0
     return True
 
 

@@ -15,8 +15,8 @@ from surgeon.errors import NonFiniteError, SingularFactorError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The damping ladder: the asked relative damping, then these multiples of it (of LADDER_FLOOR when
-# none was asked), one step after another until the Cholesky factorisation succeeds.
+# The damping ladder: the asked relative damping, then these multiples of it (of LADDER_FLOOR if that is
+# more), one step after another until the Cholesky factorisation succeeds and no pivot is mere rounding.
 LADDER: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
 LADDER_FLOOR = 1e-8
 
@@ -98,20 +98,47 @@ def damped_cholesky(M_nn: Tensor, relative: float, *, what: str, layer: str | No
         )
     mean = float(diagonal.mean())
     for step, multiple in enumerate(LADDER):
-        tried = relative * multiple
-        if step and relative == 0.0:
-            tried = LADDER_FLOOR * multiple
+        tried = max(relative, LADDER_FLOOR) * multiple if step else relative
         damped = M_nn.clone()
         damped.diagonal().add_(tried * mean)
-        L_nn, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(L_nn.diagonal()).all()):
+        L_nn, failed = _factor(damped)
+        if failed is None:
             return Cholesky(L_nn, tried * mean, tried, step)
     raise SingularFactorError(
         f"curvature factor {what} of layer {layer} is not positive definite even with relative damping {tried:g} "
         f"(asked: {relative:g}): give it more calibration samples or a larger --damping-{what.lower()}",
         layer=layer,
-        index=int(info) - 1,
+        index=failed,
     )
+
+
+def block_cholesky(M_nn: Tensor) -> Tensor:
+    """Lower Cholesky factor of a principal block of an inverse.
+
+    Raises:
+        SingularFactorError: it is not positive definite; ``index`` is the row.
+    """
+    L_nn, failed = _factor(M_nn)
+    if failed is not None:
+        raise SingularFactorError(
+            f"a block of an inverse curvature factor is singular at row {failed}: give it more calibration samples or "
+            "larger --damping-g and --damping-a",
+            index=failed,
+        )
+    return L_nn
+
+
+def _factor(M_nn: Tensor) -> tuple[Tensor, int | None]:
+    """Cholesky factor, and the row where it failed or where nothing but rounding is left of the pivot."""
+    L_nn, info = torch.linalg.cholesky_ex(M_nn)
+    if int(info):
+        return L_nn, int(info) - 1
+    n = M_nn.shape[0]
+    # float32 is only asked for where the condition number is known to be small (solve_dtype).
+    digits = n if M_nn.dtype == torch.float64 else 10
+    floor = digits * torch.finfo(M_nn.dtype).eps * M_nn.diagonal().max()
+    lost = ~(L_nn.diagonal().square() > floor)  # NaN is lost too
+    return L_nn, int(lost.nonzero()[0]) if bool(lost.any()) else None
 
 
 def solve_dtype(M_nn: Tensor, relative: float) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.progress import finite
+from surgeon.schedule import ElementLedger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +84,6 @@ def build(
     final: dict[str, Any],
 ) -> dict[str, Any]:
     """The whole report as plain values; non-finite numbers become null."""
-    ledger = state.ledger
     layers = []
     for index, layer in enumerate(matched.layers):
         kept = layer.read(layer.weight.dtype) != 0
@@ -91,7 +91,7 @@ def build(
             {
                 "name": layer.name,
                 "shape": list(layer.shape),
-                "sparsity": ledger.layer_removed(index) / max(layer.parameters, 1),
+                "sparsity": _removed(state, index, kept) / max(layer.parameters, 1),
                 "kept_rows": int(kept.any(1).sum()),
                 "kept_columns": int(kept.any(0).sum()),
             }
@@ -111,6 +111,13 @@ def build(
     cleaned = finite(value)
     assert isinstance(cleaned, dict)
     return cleaned
+
+
+def _removed(state: RunState, index: int, kept: torch.Tensor) -> int:
+    """Parameters gone from a layer; masks of single weights are in the weights as they are written."""
+    if isinstance(state.ledger, ElementLedger):
+        return kept.numel() - int(kept.sum())
+    return state.ledger.layer_removed(index)
 
 
 def write(value: dict[str, Any], folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon import data, report
+from surgeon import __version__, data, report
 from surgeon.checkpoint import RunFolder, check_output, model_fingerprint
 from surgeon.config import PruneConfig
 from surgeon.errors import ConfigError, NoTokenizerError
@@ -94,6 +95,8 @@ def prune(
         "calibration": None if calibration is None else calibration.digest,
         "test data": test.digest,
         "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "surgeon": __version__,
     }
     facts = {
         "model": config.model,
@@ -159,17 +162,20 @@ def _finish(
         perplexity = evaluate_windows(
             loaded.model, test, batch_tokens=session.config.batch_tokens, advance=told.advance
         ).perplexity
+    removed = state.ledger.removed
+    if session.config.structure_value.elementwise:  # rounding may have made a zero of a tiny weight
+        removed = sum(int((layer.read(layer.weight.dtype) == 0).sum()) for layer in session.layers)
     told.phase(0, "export", 1)
     total = sum(p.numel() for p in loaded.model.parameters())
     size = write_checkpoint(loaded, tokenizer, folder)
     told.advance(1)
     return {
         "perplexity": perplexity,
-        "sparsity": state.ledger.sparsity,
-        "removed_parameters": state.ledger.removed,
+        "sparsity": removed / max(state.ledger.total, 1),
+        "removed_parameters": removed,
         "prunable_parameters": state.ledger.total,
         "parameters": total,
-        "kept_parameters": total - state.ledger.removed,
+        "kept_parameters": total - removed,
         "bytes": size,
     }
 

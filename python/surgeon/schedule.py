@@ -20,7 +20,7 @@ __all__ = [
     "Books",
     "ElementLedger",
     "Ledger",
-    "most_removable",
+    "group_capacity",
     "open_books",
     "read_books",
     "round_targets",
@@ -46,12 +46,18 @@ def read_books(data: bytes, structure: Structure) -> Books:
     return ElementLedger.from_bytes(data) if structure.elementwise else Ledger.from_bytes(data)
 
 
-def most_removable(total: int, pattern: NMPattern) -> int:
-    """Parameters that go where every group of N:M is pruned and all parameters are in groups."""
-    return _core.removal_target(total, pattern.sparsity)
+def group_capacity(layers: Sequence[PrunableLayer], pattern: NMPattern) -> int:
+    """Weights that go where every N:M group is pruned; biases are in none, a short last group may keep N."""
+    beyond = pattern.group - pattern.keep
+    return sum(
+        layer.rows * (layer.inputs // pattern.group * beyond + max(layer.inputs % pattern.group - pattern.keep, 0))
+        for layer in layers
+    )
 
 
-def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_parameter: int) -> list[int]:
+def shot_targets(
+    config: PruneConfig, *, prunable: int, total: int, bytes_a_parameter: int, most: int | None = None
+) -> list[int]:
     """Parameters gone after each shot, ``ceil(t / T · target)`` for t = 1 … T (linear schedule).
 
     Args:
@@ -59,6 +65,7 @@ def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_para
         prunable: parameters of the layers that can be pruned.
         total: parameters of the whole model.
         bytes_a_parameter: in the checkpoint.
+        most: what all N:M groups together free; the target where the settings ask for all of them.
 
     Raises:
         ConfigError: the budget is larger than the model, or smaller than what cannot be pruned.
@@ -75,6 +82,8 @@ def shot_targets(config: PruneConfig, *, prunable: int, total: int, bytes_a_para
             raise ConfigError(
                 f"{budget:,} parameters are too few: {total - prunable:,} of the model's {total:,} cannot be pruned"
             )
+    elif most is not None and config.all_groups:
+        target = most
     else:
         target = _core.removal_target(prunable, config.sparsity or 0.0)
     return _core.linear_schedule(prunable, target, config.shot_count)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.curvature import CurvatureFactors, CurvatureOptions, estimator_for
+from surgeon.errors import NumericsError
 from surgeon.evaluation import evaluate_windows
 from surgeon.heal import HealSettings, heal, planned_windows
 from surgeon.layerwise import prune_blocks
 from surgeon.models import precision_dtype
-from surgeon.operations import LayerwiseShot, begin_shot, check_target
+from surgeon.operations import LayerwiseShot, begin_shot, check_target, most_removable
 from surgeon.progress import Observer
 from surgeon.schedule import ElementLedger, open_books, round_targets, shot_targets
 
@@ -106,13 +107,15 @@ class Session:
         self._dtype = precision_dtype(config.precision)
         self._shot = 0
         self.state = RunState(open_books(config.structure_value, self.layers))
+        most = most_removable(matched, self.model.config, config)
         self.targets = shot_targets(
             config,
             prunable=matched.parameters,
             total=sum(p.numel() for p in self.model.parameters()),
             bytes_a_parameter=loaded.storage_dtype.itemsize,
+            most=most,
         )
-        check_target(matched, self.model.config, config.structure_value, self.targets[-1])
+        check_target(matched, config.structure_value, self.targets[-1], most)
 
     def run(self) -> RunState:
         """All shots that are not done yet."""
@@ -160,14 +163,16 @@ class Session:
             operations = begin_shot(self._matched, self.model.config, self.config, ledger)
             with self._timed(record, "costs", len(self.layers)):
                 for index, layer in enumerate(self.layers):
-                    operations.measure(index, layer.read(self._dtype), factors.layers[index])
+                    with _naming(layer):
+                        operations.measure(index, layer.read(self._dtype), factors.layers[index])
                     self._observer.advance(1, layer.name)
             with self._timed(record, "select", 1):
                 selected = operations.select(step)
                 self._observer.advance(1)
             with self._timed(record, "update", len(self.layers)):
                 for index, layer in enumerate(self.layers):
-                    applied = operations.apply(index, layer.read(self._dtype), factors.layers[index])
+                    with _naming(layer):
+                        applied = operations.apply(index, layer.read(self._dtype), factors.layers[index])
                     layer.write(applied.W_RC)
                     predicted += applied.predicted_increase
                     self._observer.advance(1, layer.name)
@@ -276,6 +281,17 @@ class Session:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+@contextmanager
+def _naming(layer: PrunableLayer) -> Iterator[None]:
+    """Give errors of the pure mathematics the layer that they do not know."""
+    try:
+        yield
+    except NumericsError as error:
+        if error.layer is not None:
+            raise
+        raise type(error)(f"layer {layer.name}: {error}", layer=layer.name, index=error.index) from error
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -38,7 +38,7 @@ class NMPattern:
     @property
     def sparsity(self) -> float:
         """Part of the weights that goes where every group is pruned."""
-        return 1.0 - self.keep / self.group
+        return (self.group - self.keep) / self.group
 
     def __str__(self) -> str:
         """As in ``2:4``."""

@@ -17,7 +17,7 @@ import torch
 
 from surgeon.costs import row_energy
 from surgeon.kronsum import sum_product
-from surgeon.linalg import inverse_columns
+from surgeon.linalg import block_cholesky, inverse_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,7 @@ def remove_rows(W_RC: Tensor, G_cholesky_RR: Tensor | None, A_CC: Tensor | None,
         return Removal(W_RC.index_fill(0, rows, 0.0), 0.5 * row_energy(W_RC[rows], A_CC).sum())
     inverse_RS = inverse_columns(G_cholesky_RR, rows)
     W_SC = W_RC[rows].to(inverse_RS.dtype)
-    Z_SC = torch.cholesky_solve(W_SC, torch.linalg.cholesky(inverse_RS[rows]))
+    Z_SC = torch.cholesky_solve(W_SC, block_cholesky(inverse_RS[rows]))
     new = (W_RC - (inverse_RS @ Z_SC).to(W_RC.dtype)).index_fill_(0, rows, 0.0)
     Z_SC = Z_SC.to(W_RC.dtype)
     return Removal(new, 0.5 * ((Z_SC if A_CC is None else Z_SC @ A_CC) * W_RC[rows]).sum())
@@ -169,7 +169,7 @@ def remove_elements_chunked(
     for r, c in zip(torch.split(rows, chunk), torch.split(columns, chunk), strict=True):
         system = G_inverse[r[:, None], r] * A_inverse[c[:, None], c]
         w = W_RC[r, c].to(system.dtype).unsqueeze(1)
-        Z[r, c] = torch.cholesky_solve(w, torch.linalg.cholesky(system)).squeeze(1)
+        Z[r, c] = torch.cholesky_solve(w, block_cholesky(system)).squeeze(1)
     new = W_RC - (G_inverse.to(Z.dtype) @ Z @ A_inverse.to(Z.dtype)).to(W_RC.dtype)
     return new * keep_RC
 

@@ -166,7 +166,7 @@ class CoupledShot(ShotOperations):
             new = remove_elements(W, keep, self._solvers.damped_terms(index, factors)).W_RC
         else:
             new = W.index_fill(1, columns, 0.0)
-        return new, factors.increase(new - W)
+        return new, self._solvers.increase(index, factors, new - W)
 
     def commit(self, books: Books) -> None:
         """Enter the masks into the ledger."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from surgeon import costs
 from surgeon.errors import PatternError
 from surgeon.operations.base import Applied, DampingEvent, Selected, ShotOperations
 from surgeon.operations.solvers import Alive, Solvers, find_alive, lower, sub_factors
-from surgeon.schedule import ElementLedger, most_removable
+from surgeon.schedule import ElementLedger, group_capacity
 from surgeon.select import ElementCosts, ElementSelection, nm_keep
 from surgeon.structures import Update
 from surgeon.update import remove_elements, remove_elements_chunked
@@ -53,6 +54,7 @@ class ElementsShot(ShotOperations):
         self._table: dict[int, Tensor] = {}
         self._dead = 0
         self._available = 0  # in N:M groups
+        self._full = False
         self._selection: ElementSelection | None = None
 
     @property
@@ -96,10 +98,10 @@ class ElementsShot(ShotOperations):
 
     def _costs(self, index: int, W_RC: Tensor) -> ElementCosts:
         standing = self._standing(index, W_RC)
-        scale = self._table[index].clone() if index in self._table else torch.zeros_like(W_RC)
-        for r, c in self._importance[index]:
-            scale.addr_(r, c)
-        cost = scale.mul_(W_RC).mul_(W_RC).mul_(0.5)
+        if index in self._table:
+            cost = 0.5 * self._table[index] * W_RC.square()
+        else:
+            cost = costs.element_costs(W_RC, self._importance[index])
         if self._pattern is None:
             return ElementCosts(index, cost, standing)
         return _group_costs(index, cost, standing, self._pattern, self._layers[index].inputs)
@@ -113,9 +115,10 @@ class ElementsShot(ShotOperations):
         self._solvers.forget()
         names = [layer.name for layer in self._layers]
         rank = max(target - self._dead, 0)
-        # Biases are in no group: "all groups" is a little less than the pattern's sparsity of all parameters.
-        if self._pattern is not None and target <= most_removable(self._ledger.total, self._pattern):
-            rank = min(rank, self._available)
+        if self._pattern is not None:
+            # Zeros elsewhere (a bias, more than a group needs) are no reason to leave a group as it is.
+            self._full = target >= group_capacity(self._layers, self._pattern)
+            rank = self._available if self._full else min(rank, self._available)
         self._selection = ElementSelection(self._stream, rank, names)
         return Selected(self._dead + rank, self._selection.threshold, rank)
 
@@ -131,7 +134,7 @@ class ElementsShot(ShotOperations):
         if not alive.none:
             W, sub = alive.take(W_RC), sub_factors(factors, alive)
             W_new = self._updated(index, W, alive.take(keep), sub)
-            increase = sub.increase(W_new - W)
+            increase = self._solvers.increase(index, sub, W_new - W)
             alive.put(W_new, new)
         if self._pattern is not None:
             self._check_groups(index, new, gone)
@@ -151,7 +154,7 @@ class ElementsShot(ShotOperations):
         pattern, layer = self._pattern, self._layers[index]
         assert pattern is not None
         left = _groups(W_RC[:, : layer.inputs] != 0, pattern.group).sum(-1)
-        touched = _groups(gone[:, : layer.inputs], pattern.group).any(-1)
+        touched = _groups(gone[:, : layer.inputs], pattern.group).any(-1) | self._full
         if bool((left[touched] > pattern.keep).any()):
             raise PatternError(f"layer {layer.name} does not hold {pattern}", layer=layer.name)
 

@@ -103,7 +103,7 @@ class RowsColumnsShot(ShotOperations):
             W, increase = self._joint(index, W, sub, rows, columns)
         else:
             W_old, W = W, W.index_fill(0, rows, 0.0).index_fill_(1, columns, 0.0)
-            increase = sub.increase(W - W_old)
+            increase = self._solvers.increase(index, sub, W - W_old)
         return Applied(alive.put(W, new), increase)
 
     def _joint(self, index: int, W: Tensor, factors: SubFactors, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
@@ -114,7 +114,7 @@ class RowsColumnsShot(ShotOperations):
                 .index_fill_(1, columns, value=False)
             )
             new = remove_elements(W, keep, self._solvers.damped_terms(index, factors)).W_RC
-            return new, factors.increase(new - W)
+            return new, self._solvers.increase(index, factors, new - W)
         increase = 0.0
         if rows.numel():
             removal = remove_rows(W, lower(self._solvers.g(index, factors)), factors.A_CC, rows)

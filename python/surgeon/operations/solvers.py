@@ -92,10 +92,6 @@ class SubFactors:
         """``(G, A)`` of every Kronecker term."""
         return ((self.G_RR, self.A_CC), *self.more)
 
-    def increase(self, D_RC: Tensor) -> float:
-        """What the quadratic model says that a change of the weights costs, nats a token."""
-        return sum(float(quadratic_increase(D_RC, A_CC, G_RR)) for G_RR, A_CC in self.terms)
-
 
 def sub_factors(factors: LayerFactors, alive: Alive) -> SubFactors:
     """The factors of the alive sub-matrix; the very same tensors where all is alive."""
@@ -166,6 +162,13 @@ class Solvers:
             damped.append(added)
         scale = self._scales.get(index, 1.0)
         return ((damped[0], damped[1]), *((scale * G_RR, A_CC) for G_RR, A_CC in factors.more))
+
+    def increase(self, index: int, factors: SubFactors, D_RC: Tensor) -> float:
+        """What the undamped quadratic model says that a change of the weights costs, nats a token."""
+        found = float(quadratic_increase(D_RC, factors.A_CC, factors.G_RR))
+        for G_RR, A_CC in factors.more:
+            found += self._scales.get(index, 1.0) * float(quadratic_increase(D_RC, A_CC, G_RR))
+        return found
 
     def two_terms(self, index: int, factors: SubFactors) -> TwoTerms:
         """The sum of two Kronecker products, the first damped, diagonalised for its inverse.
