@@ -127,8 +127,13 @@ def describe_shot(record: dict[str, Any], shots: int, dense: float | None) -> st
     against = "" if dense is None else f" (dense {dense:.3f})"
     perplexity = record.get("perplexity")
     shown = "not evaluated" if perplexity is None else f"{perplexity:.3f}{against}"
+    fit = record.get("heal")
+    healed = ""
+    if fit is not None:
+        losses = f"{fit['loss_before']:.3f} -> {fit['loss_after']:.3f}"
+        healed = f"  {'healed' if fit['kept'] else 'fit not kept'}: held-out loss {losses}"
     return (
-        f"shot {record['shot']}/{shots}  removed {record['sparsity']:.2%}  perplexity {shown}  "
+        f"shot {record['shot']}/{shots}  removed {record['sparsity']:.2%}  perplexity {shown}{healed}  "
         f"{duration(sum(record['seconds'].values()))}"
     )
 
@@ -323,5 +328,5 @@ def _headline(facts: dict[str, Any]) -> str:
     return (
         f"{facts['model']} ({facts['family']}): {facts['layers']} layers with {facts['parameters']:,} parameters "
         f"can be pruned, {facts['skipped']} linear layers are left alone; {facts['method']}, {facts['structure']}, "
-        f"{facts['shots']} shots on {facts['device']}"
+        f"{facts['shots']} shot{'' if facts['shots'] == 1 else 's'} on {facts['device']}"
     )
