@@ -1,7 +1,8 @@
 """Print the README's result tables from the committed result files.
 
-python benches/readme_table.py benches/results/smollm2-rows-columns.json
-python benches/readme_table.py benches/results/smollm2-methods.json
+cd benches/results
+python ../readme_table.py smollm2-rows-columns.json smollm2-rows-columns-by-cost.json
+python ../readme_table.py smollm2-methods.json
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ COLUMNS = (
 )
 
 
-def shots_table(value: dict[str, Any]) -> None:
-    """Perplexity after every shot beside the paper's public implementation."""
-    public = value["public_implementation"]
-    print("| removed | surgeon | the paper's public implementation |")
-    print("|---|---|---|")
-    print(f"| dense | {value['dense']['perplexity']:.2f} | {public['dense']:.2f} |")
-    for shot, theirs in zip(value["shots"], public["perplexity"], strict=True):
-        print(f"| {shot['sparsity']:.0%} | {shot['perplexity']:.2f} | {theirs:.2f} |")
+def shots_table(runs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Perplexity after every shot of some runs beside the paper's public implementation."""
+    first = runs[0][1]
+    public = first["public_implementation"]
+    print("| removed | the paper's public implementation |", " | ".join(name for name, _ in runs), "|")
+    print("|---|---|" + "---|" * len(runs))
+    cells = [f"{value['dense']['perplexity']:.2f}" for _, value in runs]
+    print(f"| dense | {public['dense']:.2f} |", " | ".join(cells), "|")
+    for number, theirs in enumerate(public["perplexity"]):
+        cells = [f"{value['shots'][number]['perplexity']:.2f}" for _, value in runs]
+        print(f"| {first['shots'][number]['sparsity']:.0%} | {theirs:.2f} |", " | ".join(cells), "|")
 
 
 def shown(row: dict[str, Any] | None, *, healed: bool) -> str:
@@ -53,12 +57,14 @@ def methods_table(rows: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("result", type=Path)
-    value = json.loads(parser.parse_args().result.read_text(encoding="utf-8"))
-    if "rows" in value:
-        methods_table(value["rows"])
-    else:
-        shots_table(value)
+    parser.add_argument("results", type=Path, nargs="+")
+    values = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in parser.parse_args().results]
+    runs = [(name, value) for name, value in values if "shots" in value]
+    if runs:
+        shots_table(runs)
+    for _, value in values:
+        if "rows" in value:
+            methods_table(value["rows"])
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_nothing_is_said_about_time_before_a_shot_has_shown_any(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("kept", "words"), [(True, "healed: held-out loss"), (False, "fit not kept: held-out loss")])
-def test_a_fit_says_what_it_did(kept: bool, words: str) -> None:  # noqa: FBT001
+def test_a_fit_says_what_it_did(kept: bool, words: str) -> None:
     fit = {"kept": kept, "loss_before": 3.5, "loss_after": 3.25 if kept else 3.75}
     line = progress.describe_shot({**RECORD, "heal": fit}, 4, 10.0)
     assert f"{words} 3.500 -> {fit['loss_after']:.3f}" in line
