@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from surgeon import adapters
 from surgeon import heal as heal_module
 from surgeon.data import Windows
 from surgeon.errors import ConfigError, NonFiniteError, SurgeonError
@@ -409,7 +410,7 @@ def test_keeps_say_what_may_change() -> None:
     stand_ins = []
 
     def look(_count: int) -> None:
-        stand_ins.append(sum(isinstance(module, heal_module._MaskedLinear) for module in model.modules()))
+        stand_ins.append(sum(isinstance(module, adapters._MaskedLinear) for module in model.modules()))
 
     def with_bias_column(index: int) -> Tensor:
         return torch.cat([keeps[index], keeps[index].any(1, keepdim=True)], 1)
@@ -441,7 +442,7 @@ def test_half_precision_is_fitted_in_single() -> None:
 
     def look(_count: int) -> None:
         dtypes.update(
-            p.dtype for m in model.modules() if isinstance(m, heal_module._MaskedLinear) for p in (m._fit.A, m._fit.B)
+            p.dtype for m in model.modules() if isinstance(m, adapters._MaskedLinear) for p in (m._fit.A, m._fit.B)
         )
 
     record = run(model, windows, advance=look)
@@ -461,13 +462,13 @@ def test_the_masked_product_has_the_right_gradients() -> None:
     X, W, A, B = draw(2, 3, 5), draw(4, 5), draw(2, 5), draw(4, 2)
     mask = draw(4, 5) > 0
     torch.testing.assert_close(
-        heal_module._MaskedProduct.apply(X, W, mask, A, B),
+        adapters._MaskedProduct.apply(X, W, mask, A, B),
         functional.linear(X, W + mask * (B @ A)),
         rtol=1e-13,
         atol=1e-13,
     )
     X, A, B = (t.requires_grad_() for t in (X, A, B))
-    assert torch.autograd.gradcheck(lambda x, a, b: heal_module._MaskedProduct.apply(x, W, mask, a, b), (X, A, B))
+    assert torch.autograd.gradcheck(lambda x, a, b: adapters._MaskedProduct.apply(x, W, mask, a, b), (X, A, B))
 
 
 @pytest.mark.parametrize(

@@ -21,30 +21,26 @@ loss, the weights stay as they were and the record says so.
 from __future__ import annotations
 
 import math
-import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from surgeon.adapters import MISSING, Adapter, adapters_on, effective_weight, find_kept
 from surgeon.data import Windows
-from surgeon.errors import ConfigError, NonFiniteError, SurgeonError
+from surgeon.errors import ConfigError, NonFiniteError
 from surgeon.evaluation import IGNORED, evaluate_windows, next_token_loss_sum, shifted_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from surgeon.layers import PrunableLayer
 
-_ADAPTER = "surgeon"
 _HELD_OUT = 8  # one window in so many
-_MISSING = "healing needs peft: pip install 'llm-surgeon[heal]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +102,7 @@ def require_peft() -> None:
         ConfigError: it is not; the line says how to install it.
     """
     if find_spec("peft") is None:
-        raise ConfigError(_MISSING)
+        raise ConfigError(MISSING)
 
 
 def planned_windows(count: int, settings: HealSettings) -> int:
@@ -150,8 +146,8 @@ def heal(
     held, visits = _plan(len(windows), settings)
     model.eval()  # type: ignore[no-untyped-call]
     before = _held_out_loss(model, windows, held, batch_tokens, advance)
-    keep = [_kept(layer, None if keeps is None else keeps(index)) for index, layer in enumerate(layers)]
-    with _adapters(model, layers, keep, settings) as fits:
+    keep = [find_kept(layer, None if keeps is None else keeps(index)) for index, layer in enumerate(layers)]
+    with adapters_on(model, layers, keep, rank=settings.rank, seed=settings.seed) as fits:
         steps = _fit(model, fits, windows, visits, settings=settings, batch_tokens=batch_tokens, advance=advance)
         after = _held_out_loss(model, windows, held, batch_tokens, advance)
     kept = after < before
@@ -173,137 +169,9 @@ def _plan(count: int, settings: HealSettings) -> tuple[Tensor, Tensor]:
     return order[:held], torch.cat(passes)[:total]
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Which weights may change: rows and columns with any, and the mask if it is not their product."""
-
-    rows: Tensor
-    columns: Tensor
-    other: Tensor | None
-
-    @property
-    def mask(self) -> Tensor:
-        return self.rows[:, None] & self.columns if self.other is None else self.other
-
-
-def _kept(layer: PrunableLayer, keep: Tensor | None) -> _Kept:
-    mask = layer.weight != 0
-    if keep is not None:
-        mask = keep[:, : layer.inputs].to(mask.device, torch.bool) & mask.any(1)[:, None] & mask.any(0)
-    rows, columns = mask.any(1), mask.any(0)
-    product = int(mask.sum()) == int(rows.sum()) * int(columns.sum())
-    return _Kept(rows, columns, None if product else mask)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The adapter of one layer: ``A [r, inputs]`` and ``B [R, r]``."""
-
-    layer: PrunableLayer
-    keep: _Kept
-    A: nn.Parameter
-    B: nn.Parameter
-
-
-def _effective(weight: Tensor, mask: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """``W + M∘(B·A)``, ``[R, inputs]`` in the adapter's dtype."""
-    return weight + torch.where(mask, B @ A, 0.0)
-
-
-class _MaskedProduct(torch.autograd.Function):
-    """``X (W + M∘(B·A))ᵀ``, its weight made again on the way back: kept, it would be a second model."""
-
-    @staticmethod
-    def forward(ctx: Any, X: Tensor, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(X, *parts)
-        return X @ _effective(*parts).to(X.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        X, weight, mask, A, B = ctx.saved_tensors
-        (gradient,) = gradients
-        to_X = None
-        if ctx.needs_input_grad[0]:
-            to_X = gradient @ _effective(weight, mask, A, B).to(gradient.dtype)
-        to_W = gradient.reshape(-1, gradient.shape[-1]).T @ X.reshape(-1, X.shape[-1])
-        to_BA = torch.where(mask, to_W.to(A.dtype), 0.0)
-        return to_X, None, None, B.T @ to_BA, to_BA @ A.T
-
-
-class _MaskedLinear(nn.Module):
-    """Stands in for a layer whose mask is no product of a row mask and a column mask."""
-
-    def __init__(self, fit: _Fit) -> None:
-        super().__init__()
-        self._fit = fit
-
-    def forward(self, X: Tensor) -> Tensor:
-        fit = self._fit
-        out: Tensor = _MaskedProduct.apply(X, fit.layer.weight, fit.keep.mask, fit.A, fit.B)
-        return out if fit.layer.bias is None else out + fit.layer.bias
-
-
-@contextmanager
-def _adapters(
-    model: PreTrainedModel, layers: tuple[PrunableLayer, ...], keep: list[_Kept], settings: HealSettings
-) -> Iterator[list[_Fit]]:
-    """An adapter on every layer; afterwards, whatever happened, not a trace of them in the model."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:  # there, but not one that fits what is around it
-        raise ConfigError(f"{_MISSING} ({error})") from error
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.rank,  # their quotient scales the product
-        target_modules="|".join(re.escape(layer.name) for layer in layers),
-        fan_in_fan_out=layers[0].transposed,
-    )
-    known = set(vars(model))
-    try:
-        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
-            inject_adapter_in_model(config, model, _ADAPTER)
-        model.requires_grad_(requires_grad=False)
-        generator = torch.Generator().manual_seed(settings.seed)
-        yield [_attach(model, layer, kept, generator) for layer, kept in zip(layers, keep, strict=True)]
-    finally:
-        for layer in layers:
-            _put(model, layer.name, layer.module)
-        for name in set(vars(model)) - known:
-            delattr(model, name)
-        model.requires_grad_(requires_grad=False)
-
-
-def _attach(model: PreTrainedModel, layer: PrunableLayer, keep: _Kept, generator: torch.Generator) -> _Fit:
-    """Draw a layer's adapter, bind it to the mask and let it be fitted."""
-    wrapper: Any = model.get_submodule(layer.name)
-    if getattr(wrapper, "base_layer", None) is not layer.module:
-        raise SurgeonError(f"peft put no adapter on layer {layer.name}")
-    # Steps of the learning rate's size are lost in half precision.
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    fit = _Fit(layer, keep, wrapper.lora_A[_ADAPTER].to(dtype).weight, wrapper.lora_B[_ADAPTER].to(dtype).weight)
-    bound = 1.0 / math.sqrt(layer.inputs)
-    drawn = torch.empty(fit.A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
-    rows, columns = keep.rows[:, None].to(dtype), keep.columns.to(dtype)
-    with torch.no_grad():
-        fit.A.copy_(drawn).mul_(columns)
-        fit.B.zero_()
-    for adapter, mask in ((fit.A, columns), (fit.B, rows)):
-        adapter.requires_grad_()
-        # Adam leaves alone what never had a gradient.
-        adapter.register_hook(mask.mul)  # type: ignore[no-untyped-call]
-    if keep.other is not None:
-        _put(model, layer.name, _MaskedLinear(fit))
-    return fit
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _fit(
     model: PreTrainedModel,
-    fits: list[_Fit],
+    fits: list[Adapter],
     windows: Windows,
     visits: Tensor,
     *,
@@ -358,15 +226,16 @@ def _take(windows: Windows, chosen: Tensor) -> Windows:
 
 
 @torch.no_grad()
-def _merge(fits: list[_Fit]) -> None:
+def _merge(fits: list[Adapter]) -> None:
     """Write every layer's new weight, or none."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for fit in fits:
             layer = fit.layer
-            saved += [(live, live.clone()) for live in (layer.weight, layer.bias) if live is not None]
+            # On the host: the device may not hold the model twice.
+            saved += [(live, live.to("cpu", copy=True)) for live in (layer.weight, layer.bias) if live is not None]
             W_RC = layer.read(fit.A.dtype)
-            W_RC[:, : layer.inputs] = _effective(layer.weight, fit.keep.mask, fit.A, fit.B)
+            W_RC[:, : layer.inputs] = effective_weight(layer.weight, fit.keep.mask, fit.A, fit.B)
             layer.write(W_RC)
     except BaseException:
         for live, old in saved:

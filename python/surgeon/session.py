@@ -20,7 +20,7 @@ from surgeon.layerwise import prune_blocks
 from surgeon.models import precision_dtype
 from surgeon.operations import LayerwiseShot, begin_shot, check_target, most_removable
 from surgeon.progress import Observer
-from surgeon.schedule import ElementLedger, open_books, round_targets, shot_targets
+from surgeon.schedule import ElementLedger, Ledger, open_books, round_targets, shot_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -219,16 +219,15 @@ class Session:
                 self._calibration,
                 settings=settings,
                 batch_tokens=self.config.batch_tokens,
-                keeps=self._keep,
+                keeps=self._keep if isinstance(self.state.ledger, Ledger) else None,
                 advance=self._observer.advance,
             )
         record.heal = dataclasses.asdict(found)
 
     def _keep(self, index: int) -> torch.Tensor:
-        """What of a layer still stands, bool ``[R, C]``."""
+        """What of a layer's rows and columns still stands, bool ``[R, C]``."""
         ledger = self.state.ledger
-        if isinstance(ledger, ElementLedger):
-            return self.layers[index].read(self._dtype) != 0
+        assert isinstance(ledger, Ledger)
         return torch.from_numpy(ledger.keep_rows(index)[:, None] & ledger.keep_columns(index)[None, :])
 
     def _curvature(self, record: ShotRecord) -> CurvatureFactors:
